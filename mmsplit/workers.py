@@ -1,0 +1,141 @@
+"""Threads that work off one stream of jobs: the first error ends all, an interrupt ends all, nobody is left behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+J = TypeVar("J")
+
+
+class Progress(NamedTuple):
+    """How far a stage has come; handed to a caller's callback from any thread, at most once per few megabytes."""
+
+    stage: str
+    done_bytes: int
+    total_bytes: int
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+class ProgressCounter:
+    """Adds up what threads have done in one stage and tells the callback."""
+
+    def __init__(self, stage: str, total_bytes: int, callback: ProgressCallback | None) -> None:
+        self._stage = stage
+        self._total = total_bytes
+        self._callback = callback
+        self._lock = threading.Lock()
+        self._done = 0
+
+    def add(self, count_bytes: int) -> None:
+        """Count bytes as done."""
+        if self._callback is None:
+            return
+        with self._lock:
+            self._done += count_bytes
+            self._callback(Progress(self._stage, self._done, self._total))
+
+
+def default_threads() -> int:
+    """Return the number of processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the error is elsewhere
+    """Raised by a job that notices that the group is stopping; the group swallows it."""
+
+
+class WorkerGroup:
+    """Threads started together and joined together.
+
+    `on_stop` is called once, from the thread that failed or from the interrupted caller, and must wake every thread
+    that waits for another.
+    """
+
+    def __init__(self, on_stop: Callable[[], None] = lambda: None) -> None:
+        self._on_stop = on_stop
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+        self._stopping = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether no further job should be begun."""
+        return self._stopping.is_set()
+
+    def go_on(self) -> None:
+        """Raise `Stopped` if the group is stopping; for jobs that take long."""
+        if self.is_stopping:
+            raise Stopped
+
+    def start(self, name: str, body: Callable[[], None]) -> None:
+        """Start a thread that runs `body`."""
+
+        def run() -> None:
+            try:
+                body()
+            except Stopped:
+                pass
+            except BaseException as error:
+                self._stop(error)
+
+        thread = threading.Thread(target=run, name=f"mmsplit-{name}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def start_many(
+        self, name: str, count: int, jobs: JobStream[J], make_worker: Callable[[], Callable[[J], None]]
+    ) -> None:
+        """Start `count` threads, each with a worker of its own, that take jobs from one stream until it ends."""
+
+        def body() -> None:
+            work = make_worker()
+            while not self.is_stopping:
+                job = jobs.take()
+                if job is None:
+                    return
+                work(job)
+
+        for number in range(count):
+            self.start(f"{name}-{number}", body)
+
+    def join(self) -> None:
+        """Wait for all threads; raise the first error of any of them, after all have ended."""
+        try:
+            for thread in self._threads:
+                thread.join()
+        except BaseException as error:
+            self._stop(error)
+            for thread in self._threads:
+                thread.join()
+            raise
+        if self._error is not None:
+            raise self._error
+
+    def _stop(self, error: BaseException) -> None:
+        with self._lock:
+            if self._error is not None:
+                return
+            self._error = error
+        self._stopping.set()
+        self._on_stop()
+
+
+class JobStream(Generic[J]):
+    """An iterator that threads may share; jobs come out in order, each once."""
+
+    def __init__(self, jobs: Iterator[J]) -> None:
+        self._jobs = jobs
+        self._lock = threading.Lock()
+
+    def take(self) -> J | None:
+        """Return the next job, or None after the last."""
+        with self._lock:
+            return next(self._jobs, None)
