@@ -1,0 +1,234 @@
+"""Which files of a directory are the checkpoint: its shards, its weights index, the small files that belong to it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from mmsplit.checkpoint.weights_index import parse_weights_index
+from mmsplit.errors import CheckpointError, MissingShardError
+
+SUFFIX: Final = ".safetensors"
+INDEX_SUFFIX: Final = ".safetensors.index.json"
+#: Families of weight names that belong together, in order of preference; any other family comes after them.
+PREFERRED_FAMILIES: Final = (
+    "model",
+    "diffusion_pytorch_model",
+    "pytorch_model",
+    "consolidated",
+    "adapter_model",
+)
+#: Files that hold weights, of whatever framework; never carried along as small files.
+WEIGHT_SUFFIXES: Final = frozenset(
+    [
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".gguf",
+        ".ggml",
+        ".h5",
+        ".msgpack",
+        ".onnx",
+        ".onnx_data",
+        ".tflite",
+        ".ot",
+        ".npz",
+        ".npy",
+        ".pdparams",
+        ".nemo",
+        ".zip",
+        ".tar",
+        ".gz",
+        ".zst",
+        ".mlmodel",
+        ".pb",
+        ".incomplete",
+        ".partial",
+        ".lock",
+    ]
+)
+MAX_SMALL_FILE_BYTES: Final = 64 << 20
+MAX_SMALL_FILES: Final = 10_000
+_MAX_INDEX_BYTES: Final = 512 << 20
+_NUMBERED: Final = re.compile(r"^(?P<family>.+)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})\.safetensors$", re.ASCII)
+#: Partition sets may live beside the checkpoint they came from; they are never part of it.
+_PARTITION_FILE: Final = re.compile(r"^(partition_(\d+|set)\.(json|bin)(\..*)?|unfinished_split\.json)$", re.ASCII)
+_OUTPUT_MARKS: Final = ("partition_set.json", "unfinished_split.json")
+
+
+class CheckpointFiles(NamedTuple):
+    """The files of a checkpoint.  `shards` are in name order; `weight_map` is None without an index."""
+
+    root: Path
+    shards: tuple[Path, ...]
+    index_path: Path | None
+    index_bytes: bytes
+    weight_map: dict[str, str] | None
+    small_files: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def find_checkpoint_files(path: Path) -> CheckpointFiles:
+    """Decide what `path`, a directory, a shard or a weights index, stands for."""
+    if not path.exists():
+        raise CheckpointError(
+            "no such file or directory", path=path, hint="Give a directory that holds .safetensors files."
+        )
+    if path.is_dir():
+        return _in_directory(path)
+    if path.name.endswith(INDEX_SUFFIX):
+        return _from_index(path.parent, path.name, [])
+    if path.suffix == SUFFIX:
+        if not path.is_file():
+            raise CheckpointError("not a regular file", path=path)
+        return CheckpointFiles(path.parent, (path,), None, b"", None, *_small_files(path.parent))
+    raise CheckpointError(
+        "not a safetensors file, a weights index or a directory",
+        path=path,
+        hint=f"Give a directory, a file named *{SUFFIX} or a file named *{INDEX_SUFFIX}.",
+    )
+
+
+def _in_directory(root: Path) -> CheckpointFiles:
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_file() and not entry.name.startswith("."))
+    weights = [name for name in names if name.endswith(SUFFIX)]
+    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    families = {_family(name) for name in weights} | {name.removesuffix(INDEX_SUFFIX) for name in indexes}
+    if not families:
+        other = sorted({Path(name).suffix for name in names} & {".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5"})
+        raise CheckpointError(
+            "no .safetensors file in this directory",
+            path=root,
+            found=f"weights of other formats: {', '.join(other)}" if other else None,
+            hint="Convert them to safetensors first." if other else "Give the directory that holds the weights.",
+        )
+    family: str | None = next((name for name in PREFERRED_FAMILIES if name in families), None)
+    if family is None and len(indexes) == 1:
+        family = indexes[0].removesuffix(INDEX_SUFFIX)
+    notes = []
+    if family is None:
+        members = weights  # a plain directory of shards: all of them
+    else:
+        members = [name for name in weights if _family(name) == family]
+        left = [name for name in weights if _family(name) != family]
+        if left:
+            notes.append(
+                f"{len(left)} weight file(s) beside {family!r} are not part of this checkpoint:"
+                f" {', '.join(left[:3])}{' …' if len(left) > 3 else ''}"
+            )
+        if f"{family}{INDEX_SUFFIX}" in indexes:
+            if members == [f"{family}{SUFFIX}"]:
+                # save_pretrained leaves a stale index behind when a later save fits one file; loaders take the file.
+                index = root / f"{family}{INDEX_SUFFIX}"
+                if set(_read_index(index)[1].values()) != set(members):
+                    notes.append(f"{index.name} names other shards than {members[0]}, which is complete without it")
+                    return CheckpointFiles(root, (root / members[0],), None, b"", None, *_small_files(root, notes))
+            return _from_index(root, f"{family}{INDEX_SUFFIX}", notes)
+    _require_numbered_siblings(root, members)
+    return CheckpointFiles(root, tuple(root / name for name in members), None, b"", None, *_small_files(root, notes))
+
+
+def _family(name: str) -> str:
+    numbered = _NUMBERED.match(name)
+    return numbered["family"] if numbered else name.removesuffix(SUFFIX)
+
+
+def _read_index(path: Path) -> tuple[bytes, dict[str, str]]:
+    try:
+        if path.stat().st_size > _MAX_INDEX_BYTES:
+            raise CheckpointError("weights index is too large", path=path, found=path.stat().st_size)
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read the weights index: {error.strerror}", path=path) from error
+    return data, parse_weights_index(data, str(path))
+
+
+def _from_index(root: Path, index_name: str, notes: list[str]) -> CheckpointFiles:
+    index = root / index_name
+    data, weight_map = _read_index(index)
+    shards = sorted(set(weight_map.values()))
+    missing = [name for name in shards if not (root / name).is_file()]
+    if missing:
+        raise MissingShardError(
+            f"{len(missing)} of {len(shards)} shards named by {index_name} are missing: "
+            f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}",
+            path=root / missing[0],
+            hint="Download the missing shards, then run again.",
+        )
+    family = index_name.removesuffix(INDEX_SUFFIX)
+    stray = sorted(
+        entry.name
+        for entry in os.scandir(root)
+        if entry.name.endswith(SUFFIX) and _family(entry.name) == family and entry.name not in set(shards)
+    )
+    if stray:
+        notes = [
+            *notes,
+            f"{len(stray)} file(s) named like shards are not in {index_name}: {', '.join(stray[:3])}",
+        ]
+    return CheckpointFiles(
+        root, tuple(root / name for name in shards), index, data, weight_map, *_small_files(root, notes)
+    )
+
+
+def _require_numbered_siblings(root: Path, members: list[str]) -> None:
+    """Without an index the numbers in the names are the only promise; hold the directory to it."""
+    for name in members:
+        numbered = _NUMBERED.match(name)
+        if numbered is None:
+            continue
+        count, width = int(numbered["count"]), len(numbered["number"])
+        present = {other for other in members if _family(other) == numbered["family"]}
+        for number in range(1, min(count, len(present) + 1) + 1):
+            sibling = f"{numbered['family']}-{number:0{width}d}-of-{numbered['count']}{SUFFIX}"
+            if sibling not in present:
+                raise MissingShardError(
+                    f"shard is missing: {name} says there are {count:,}, and there is no index",
+                    path=root / sibling,
+                    hint="Download the missing shards, then run again.",
+                )
+
+
+def _small_files(root: Path, notes: list[str] | None = None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names, relative with `/`, of the files that make the model usable, and notes on what is left behind."""
+    notes = list(notes or ())
+    names: list[str] = []
+    for relative, size in _walk(root):
+        if size > MAX_SMALL_FILE_BYTES:
+            notes.append(f"{relative} is not carried along: {size:,} bytes is more than a small file has")
+        elif len(names) == MAX_SMALL_FILES:
+            notes.append(f"more than {MAX_SMALL_FILES:,} small files; the rest is not carried along")
+            break
+        else:
+            names.append(relative)
+    return tuple(names), tuple(notes)
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether a folder is somebody's partition set, finished or not, rather than part of the model."""
+    return any((folder / name).exists() for name in _OUTPUT_MARKS)
+
+
+def _walk(root: Path) -> Iterator[tuple[str, int]]:
+    """Regular files below `root` in a fixed order, hidden names and weights of any framework left out."""
+    for directory, folders, files in os.walk(root):
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and not _is_output(Path(directory, name))
+        )
+        prefix = Path(directory).relative_to(root)
+        for name in sorted(files):
+            path = Path(directory, name)
+            if (
+                name.startswith(".")
+                or path.suffix.lower() in WEIGHT_SUFFIXES
+                or name.endswith(INDEX_SUFFIX)
+                or _PARTITION_FILE.match(name)
+                or not path.is_file()
+            ):
+                continue
+            yield (prefix / name).as_posix(), path.stat().st_size

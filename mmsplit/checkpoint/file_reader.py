@@ -1,0 +1,329 @@
+"""The one place that maps memory and the one place that reads ranges of local files.
+
+Strategy.  A range is *borrowed*: `with reader.borrow(start, stop, scratch) as view`.  On Linux the view is a slice
+of a memory map: its pages are faulted in by one `madvise(MADV_POPULATE_READ)` before the view is handed out, and
+dropped when it is given back, so that resident memory is the ranges in flight and nothing more.  Anywhere else,
+and wherever a map would not be safe, the bytes are read into the caller's scratch buffer.
+
+Why a map can be unsafe: when a file is truncated while it is mapped, touching a page past its new end kills the
+process with SIGBUS, which Python cannot catch.  So a file is only mapped under a *read lease* (fcntl(2),
+F_SETLEASE): whoever opens it for writing or truncates it is held up by the kernel until the lease is given back,
+which `borrow` does after the views in flight are returned; from then on the file is read, not mapped.  Where no
+lease can be had (not the owner, a network file system, opened for writing elsewhere) it is read from the start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import mmap
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+from mmsplit.errors import CheckpointError, MmsplitError, SourceChangedError
+
+#: How ranges are read.  "mmap" maps without a lease: for callers who own the file's fate.
+IoMode = Literal["auto", "mmap", "pread"]
+
+_MADV_POPULATE_READ: Final = 22  # Linux 5.14, <asm-generic/mman-common.h>; Python 3.11 has no name for it
+_MADV_DONTNEED: Final = 4
+_PAGE: Final = mmap.PAGESIZE
+
+
+class Fingerprint(NamedTuple):
+    """What tells one state of a file from another without reading it."""
+
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+    device: int
+
+
+class Scratch:
+    """A page-aligned buffer that grows to the largest size asked for and is reused; one per thread."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, _PAGE)
+
+    def take(self, size_bytes: int) -> memoryview:
+        """Return a writable view of `size_bytes`; it is valid until the next `take`."""
+        if size_bytes > len(self._memory):
+            self._memory = aligned_buffer(size_bytes)
+        return memoryview(self._memory)[:size_bytes]
+
+
+def aligned_buffer(size_bytes: int) -> mmap.mmap:
+    """Allocate zeroed anonymous memory that starts on a page; freed with its last reference."""
+    return mmap.mmap(-1, max(1, -(-size_bytes // _PAGE)) * _PAGE)
+
+
+class FileReader:
+    """Reads half-open byte ranges of one regular file; safe to share between threads.
+
+    `changed_error` is raised when the file is found to be other than it was at opening.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        io: IoMode = "auto",
+        changed_error: type[MmsplitError] = SourceChangedError,
+    ) -> None:
+        self.path = path
+        self._changed_error = changed_error
+        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        try:
+            self.fingerprint = _fingerprint(os.fstat(self._fd))
+            self.size_bytes = self.fingerprint.size_bytes
+            self._lock = threading.Lock()
+            self._borrowed = 0
+            self._leased = False
+            self._retiring = False
+            self._map: mmap.mmap | None = None
+            self._address = 0
+            wanted = io != "pread" and self.size_bytes > 0 and can_populate()
+            if wanted and (io == "mmap" or self._take_lease()):
+                self._map, self._address = _map_file(self._fd, self.size_bytes)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether ranges are slices of a map at this moment."""
+        return self._map is not None and not self._retiring
+
+    @contextmanager
+    def borrow(self, start: int, stop: int, scratch: Scratch) -> Iterator[memoryview]:
+        """Lend the bytes [start, stop) read-only, until the block ends.
+
+        The view is a slice of the map or of `scratch`; neither may be used after the block.
+        """
+        if not 0 <= start <= stop <= self.size_bytes:
+            raise self._changed("range lies outside the file", stop)
+        mapped = self._enter_map() if stop > start else None
+        if mapped is None:
+            view = scratch.take(stop - start)
+            self._read_into(view, start)
+            yield view.toreadonly()
+            return
+        view = memoryview(mapped)[start:stop]
+        try:
+            self._populate(start, stop)
+            yield view
+        finally:
+            view.release()
+            self._drop(start, stop)
+            del mapped
+            self._leave_map()
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Read the bytes [start, stop) into memory of their own; for headers and indexes."""
+        if not 0 <= start <= stop <= self.size_bytes:
+            raise self._changed("range lies outside the file", stop)
+        data = bytearray(stop - start)
+        with memoryview(data) as view:
+            self._read_into(view, start)
+        return bytes(data)
+
+    def view_of_map(self, start: int, stop: int) -> memoryview | None:
+        """Return [start, stop) where it lies, for as long as the view lives; None if the file is not mapped so.
+
+        Only a reader opened with "mmap" has such views: a lease could not be given back while they live.
+        """
+        if self._map is None or self._leased:
+            return None
+        return memoryview(self._map)[start:stop]
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Ask the kernel to start reading [start, stop); returns at once."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, start, max(0, min(stop, self.size_bytes) - start), os.POSIX_FADV_WILLNEED)
+
+    def require_unchanged(self) -> None:
+        """Raise if size, time or identity of the file, by handle or by name, differ from those at opening."""
+        try:
+            now, named = _fingerprint(os.fstat(self._fd)), _fingerprint(self.path.stat())
+        except OSError as error:
+            raise self._changed(f"file went away while it was read: {error.strerror}") from error
+        for found in (now, named):
+            if found != self.fingerprint:
+                raise self._changed(
+                    "file changed while it was read",
+                    expected=_describe(self.fingerprint),
+                    found=_describe(found),
+                )
+
+    def close(self) -> None:
+        """Give up map, lease and file.  No borrowed range may be in use; a `view_of_map` keeps the map alive."""
+        if self._fd >= 0:
+            self._map = None  # unmapped with its last view
+            os.close(self._fd)  # closing gives the lease back
+            self._fd = -1
+
+    def __enter__(self) -> FileReader:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _enter_map(self) -> mmap.mmap | None:
+        with self._lock:
+            if self._leased and not self._retiring and _lease_is_breaking(self._fd):
+                self._retiring = True
+                self._retire_if_idle()
+            if self._map is None or self._retiring:
+                return None
+            self._borrowed += 1
+            return self._map
+
+    def _leave_map(self) -> None:
+        with self._lock:
+            self._borrowed -= 1
+            self._retire_if_idle()
+
+    def _retire_if_idle(self) -> None:
+        """Give map and lease back once nobody uses them; the one who wants to write may then go on."""
+        if self._retiring and self._borrowed == 0 and self._map is not None:
+            self._map = None  # the last reference: unmapped here, before the lease goes
+            _drop_lease(self._fd)
+            self._leased = False
+
+    def _take_lease(self) -> bool:
+        self._leased = _take_read_lease(self._fd)
+        return self._leased
+
+    def _populate(self, start: int, stop: int) -> None:
+        first = start - start % _PAGE
+        code = _madvise(self._address + first, stop - first, _MADV_POPULATE_READ)
+        if code == errno.EFAULT:
+            raise self._changed("bytes of the file can no longer be read; it was truncated, or its disk failed", start)
+        if code:
+            raise OSError(code, os.strerror(code), str(self.path))
+
+    def _drop(self, start: int, stop: int) -> None:
+        """Unmap the whole pages inside the range; pages it shares with a neighbour stay."""
+        first, last = -(-start // _PAGE) * _PAGE, stop - stop % _PAGE
+        if last > first:
+            _madvise(self._address + first, last - first, _MADV_DONTNEED)
+
+    def _read_into(self, view: memoryview, start: int) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                count = _pread_into(self._fd, view[done:], start + done, self._lock)
+            except OSError as error:
+                raise CheckpointError(f"cannot read: {error.strerror}", path=self.path, offset=start + done) from error
+            if count == 0:
+                raise self._changed("file ends early; it was truncated while it was read", start + done)
+            done += count
+
+    def _changed(
+        self, what: str, offset: int | None = None, *, expected: object = None, found: object = None
+    ) -> MmsplitError:
+        return self._changed_error(
+            what,
+            path=self.path,
+            offset=offset,
+            expected=expected,
+            found=found,
+            hint="Nothing wrong was written. Run again when nobody writes to the file.",
+        )
+
+
+def _fingerprint(stat: os.stat_result) -> Fingerprint:
+    return Fingerprint(stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev)
+
+
+def fingerprint_of(path: Path) -> Fingerprint:
+    """Fingerprint of the file `path` names, links followed."""
+    return _fingerprint(path.stat())
+
+
+def _describe(fingerprint: Fingerprint) -> str:
+    return f"{fingerprint.size_bytes:,} bytes of time {fingerprint.mtime_ns} in inode {fingerprint.inode}"
+
+
+def _map_file(fd: int, size_bytes: int) -> tuple[mmap.mmap, int]:
+    import numpy as np  # only to learn the address of a read-only map; planning never comes here
+
+    mapped = mmap.mmap(fd, size_bytes, access=mmap.ACCESS_READ)
+    return mapped, np.frombuffer(mapped, np.uint8).ctypes.data
+
+
+def _pread_into(fd: int, view: memoryview, offset: int, lock: threading.Lock) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [view], offset)
+    with lock:  # Windows has one file position per handle
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, len(view))
+        view[: len(data)] = data
+        return len(data)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    libc.madvise.restype = ctypes.c_int
+    return libc
+
+
+def _madvise(address: int, size_bytes: int, advice: int) -> int:
+    """madvise(2) through ctypes, which releases the GIL while a cold disk is read; `mmap.madvise` holds it."""
+    libc = _libc()
+    while libc.madvise(address, size_bytes, advice) != 0:
+        code = ctypes.get_errno()
+        if code not in (errno.EINTR, errno.EAGAIN):
+            return code
+    return 0
+
+
+@functools.cache
+def can_populate() -> bool:
+    """Whether this kernel knows MADV_POPULATE_READ; without it a map is never safe to touch."""
+    if not sys.platform.startswith("linux"):
+        return False
+    page = mmap.mmap(-1, _PAGE)
+    return _madvise(ctypes.addressof(ctypes.c_char.from_buffer(page)), _PAGE, _MADV_POPULATE_READ) == 0
+
+
+def _take_read_lease(fd: int) -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    import fcntl
+
+    try:
+        # A lease that is broken is announced by a signal, SIGIO unless told otherwise, and SIGIO kills.
+        # SIGURG is ignored by default; we ask (`_lease_is_breaking`) instead of listening.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError:
+        return False
+    return True
+
+
+def _lease_is_breaking(fd: int) -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    import fcntl
+
+    return fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK
+
+
+def _drop_lease(fd: int) -> None:
+    if sys.platform.startswith("linux"):
+        import fcntl
+
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except OSError:
+            pass  # the kernel took it back already (/proc/sys/fs/lease-break-time)

@@ -1,0 +1,40 @@
+"""`*.safetensors.index.json`: which tensor is in which shard.  Pure: bytes in, a weight map out."""
+
+from __future__ import annotations
+
+import json
+from typing import NoReturn
+
+from mmsplit.errors import CheckpointError
+
+
+def parse_weights_index(data: bytes, path: str) -> dict[str, str]:
+    """Return `weight_map`: tensor name -> shard file name, checked to be plain names of one directory.
+
+    A file name with a separator, `..` or a drive could reach outside the checkpoint, so it is refused.
+    """
+
+    def fail(what: str, tensor: str | None = None, found: object = None) -> NoReturn:
+        raise CheckpointError(what, path=path, tensor=tensor, found=found) from None
+
+    try:
+        index = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        fail(f"weights index is not JSON: {error}")
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        fail("weights index has no weight_map")
+    checked: set[str] = set()
+    for tensor, shard in weight_map.items():
+        if type(shard) is not str:
+            fail("weight_map does not name a shard", tensor, repr(shard)[:80])
+        if shard not in checked:
+            if not is_plain_name(shard):
+                fail("weight_map names a shard that is not a plain file name", tensor, repr(shard[:80]))
+            checked.add(shard)
+    return weight_map
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` can only mean a file right inside the directory it is looked up in."""
+    return name not in ("", ".", "..") and not any(char in "/\\:\0" or not char.isprintable() for char in name)
