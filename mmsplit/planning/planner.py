@@ -1,0 +1,270 @@
+"""From a layer map and a request to a plan."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Final, Literal, NamedTuple, get_args
+
+from mmsplit.checkpoint import Checkpoint, TensorInfo
+from mmsplit.errors import PlanError
+from mmsplit.layers import Layer, build_layer_map
+from mmsplit.planning.assignment import Load, TiedUnits, assign_contiguous
+from mmsplit.planning.plan import (
+    Balance,
+    Plan,
+    PlannedLayer,
+    PlannedPartition,
+    require_every_byte_accounted_for,
+)
+from mmsplit.planning.ties import Tie, find_ties
+
+#: What a partition's load is measured in.
+By = Literal["bytes", "params", "layers"]
+#: What becomes of a tied weight that a later partition needs: it gets a copy of its own, a reference to the
+#: partition that has it, or the layers that use it move to that partition.
+TiedMode = Literal["duplicate", "reference", "colocate"]
+MAX_PARTS: Final = 65_535
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What the caller wants.  Exactly one of `num_parts`, `weights` and `boundaries` is needed; given together
+    they must agree.
+
+    `weights`: relative share per partition, in order.  `boundaries`: name of the first layer of each partition
+    but the first.
+    """
+
+    num_parts: int | None = None
+    by: By = "bytes"
+    weights: Sequence[float | str | Fraction] | None = None
+    boundaries: Sequence[str] | None = None
+    tied: TiedMode = "duplicate"
+
+
+class _Unit(NamedTuple):
+    layer: Layer
+    tie: Tie | None
+
+
+def checkpoint_layers(checkpoint: Checkpoint) -> tuple[tuple[PlannedLayer, ...], tuple[str, ...]]:
+    """Return all layers of a checkpoint in forward order, and all notes on them."""
+    layer_map = build_layer_map(checkpoint.tensors, checkpoint.config)
+    _, tie_notes = find_ties(layer_map, checkpoint.config)
+    layers = tuple(_planned(layer, checkpoint.tensors) for layer in layer_map.layers)
+    return layers, (*checkpoint.notes, *layer_map.notes, *tie_notes)
+
+
+def plan_checkpoint(checkpoint: Checkpoint, request: PlanRequest) -> Plan:
+    """Assign every layer to a partition.  Raises `PlanError` that says what is possible."""
+    layer_map = build_layer_map(checkpoint.tensors, checkpoint.config)
+    ties, tie_notes = find_ties(layer_map, checkpoint.config)
+    units, moved = _arrange(layer_map.layers, ties, request.tied)
+    weights = _shares(request, len(units))
+    costs = _Costs(units, moved, checkpoint.tensors, request)
+    if request.boundaries is not None:
+        first = _first_of_boundaries(request.boundaries, [unit.layer.name for unit in units])
+    else:
+        first = assign_contiguous(costs.load, weights, costs.load_in_bytes)
+    stops = (*first[1:], len(units))
+    ranges = tuple(zip(first, stops, strict=True))
+    home = next((k for k, (start, stop) in enumerate(ranges) if costs.stored_unit in range(start, stop)), 0)
+    partitions = tuple(
+        _partition(
+            part_id,
+            units[start:stop],
+            moved if part_id == home else (),
+            checkpoint.tensors,
+            request.tied,
+            home,
+        )
+        for part_id, (start, stop) in enumerate(ranges)
+    )
+    require_every_byte_accounted_for(partitions, checkpoint.shards, checkpoint.tensors)
+    loads = tuple(costs.load.of(start, stop) for start, stop in ranges)
+    notes = (*checkpoint.notes, *layer_map.notes, *tie_notes, *_tie_remarks(partitions))
+    return Plan(partitions, _balance(request.by, loads, weights), request.tied, notes)
+
+
+def _arrange(layers: Sequence[Layer], ties: Sequence[Tie], tied: TiedMode) -> tuple[list[_Unit], tuple[_Unit, ...]]:
+    """Put the tied layers where they run; with "colocate" set those aside that move to the stored weight."""
+    units: list[_Unit] = []
+    for position, layer in enumerate([*layers, None]):
+        units.extend(_Unit(tie.layer, tie) for tie in ties if tie.position == position)
+        if layer is not None:
+            units.append(_Unit(layer, None))
+    if tied != "colocate" or not ties:
+        return units, ()
+    # The head moves to the embedding, and with it what runs after the last block: the hidden state goes there once.
+    last_block = max((i for i, unit in enumerate(units) if unit.layer.stack is not None), default=-1)
+    tail = {
+        i
+        for i, unit in enumerate(units)
+        if i > last_block and last_block >= 0 and unit.layer.layer_type in ("norm", "head")
+    }
+    aside = {i for i, unit in enumerate(units) if unit.tie is not None} | tail
+    return [unit for i, unit in enumerate(units) if i not in aside], tuple(units[i] for i in sorted(aside))
+
+
+def _shares(request: PlanRequest, unit_count: int) -> tuple[Fraction, ...]:
+    """Return the weight of each partition, or say why there is no such plan."""
+    counts = {
+        what: count
+        for what, count in (
+            ("num_parts", request.num_parts),
+            ("weights", None if request.weights is None else len(request.weights)),
+            ("boundaries", None if request.boundaries is None else len(request.boundaries) + 1),
+        )
+        if count is not None
+    }
+    possible = f"This checkpoint can be cut into 1 to {min(unit_count, MAX_PARTS):,} partitions."
+    if not counts:
+        raise PlanError("nobody said into how many partitions", hint=possible)
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{what} says {count}" for what, count in counts.items())
+        raise PlanError(f"number of partitions is not clear: {said}", hint=possible)
+    num_parts = next(iter(counts.values()))
+    if not 1 <= num_parts <= min(unit_count, MAX_PARTS):
+        raise PlanError(
+            f"{num_parts} is no possible number of partitions; there are {unit_count:,} layers, and each partition"
+            " needs at least one",
+            hint=possible,
+        )
+    if request.by not in get_args(By):
+        raise PlanError(f"cannot balance by {request.by!r}", hint=f"Possible are {', '.join(get_args(By))}.")
+    if request.tied not in get_args(TiedMode):
+        raise PlanError(
+            f"no such way to treat tied weights: {request.tied!r}",
+            hint=f"Possible are {', '.join(get_args(TiedMode))}.",
+        )
+    return tuple(_weight(weight) for weight in request.weights or [1] * num_parts)
+
+
+def _weight(value: float | str | Fraction) -> Fraction:
+    try:
+        weight = Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        weight = Fraction(0)
+    if not 0 < weight <= 10**9 or weight.denominator > 10**9:
+        raise PlanError(f"weight {str(value)[:40]!r} is not a positive number", hint="Give weights such as 3,2,1.")
+    return weight
+
+
+class _Costs:
+    """The loads of a request, and where the tied weight is stored."""
+
+    def __init__(
+        self,
+        units: Sequence[_Unit],
+        moved: Sequence[_Unit],
+        tensors: Mapping[str, TensorInfo],
+        request: PlanRequest,
+    ) -> None:
+        unit_of = {name: i for i, unit in enumerate(units) if unit.tie is None for name in unit.layer.tensors}
+        ties = [unit.tie for unit in (*units, *moved) if unit.tie is not None]
+        self.stored_unit = unit_of[ties[0].tensor] if ties else 0
+        self.load = self._build(units, moved, tensors, request.by, request.tied)
+        self.load_in_bytes = self._build(units, moved, tensors, "bytes", request.tied)
+
+    def _build(
+        self,
+        units: Sequence[_Unit],
+        moved: Sequence[_Unit],
+        tensors: Mapping[str, TensorInfo],
+        by: By,
+        tied: TiedMode,
+    ) -> Load:
+        any_block = any(unit.layer.stack is not None for unit in units)
+
+        def cost(unit: _Unit) -> int:
+            if unit.tie is not None:
+                return 0
+            if by == "layers":
+                return int(unit.layer.stack is not None or not any_block)
+            infos = [tensors[name] for name in unit.layer.tensors]
+            return sum(info.params if by == "params" else info.size_bytes for info in infos)
+
+        tied_units = []
+        uses = tuple(i for i, unit in enumerate(units) if unit.tie is not None)
+        if uses and tied == "duplicate" and by != "layers":
+            tie = units[uses[0]].tie
+            info = tensors[tie.tensor] if tie is not None else None
+            if info is not None:
+                size = info.params if by == "params" else info.size_bytes
+                tied_units.append(TiedUnits(self.stored_unit, uses, size))
+        follow = (self.stored_unit, sum(cost(unit) for unit in moved)) if moved else None
+        return Load([cost(unit) for unit in units], tied_units, follow)
+
+
+def _first_of_boundaries(boundaries: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
+    first = [0]
+    for boundary in boundaries:
+        if boundary not in names:
+            close = difflib.get_close_matches(boundary, names, 3, 0.5)
+            raise PlanError(
+                f"no layer is called {boundary[:200]!r}",
+                hint=f"Close are {', '.join(close)}." if close else f"Layers run from {names[0]} to {names[-1]}.",
+            )
+        position = names.index(boundary)
+        if position <= first[-1]:
+            previous = names[first[-1]]
+            raise PlanError(
+                f"boundary {boundary!r} does not come after {previous!r}",
+                hint="Give the first layer of each partition but the first, in forward order, each once.",
+            )
+        first.append(position)
+    return tuple(first)
+
+
+def _planned(layer: Layer, tensors: Mapping[str, TensorInfo]) -> PlannedLayer:
+    infos = tuple(tensors[name] for name in layer.tensors)
+    return PlannedLayer(layer.name, layer.layer_type, layer.stack, layer.block_index, infos)
+
+
+def _partition(
+    part_id: int,
+    units: Sequence[_Unit],
+    moved: Sequence[_Unit],
+    tensors: Mapping[str, TensorInfo],
+    tied: TiedMode,
+    home: int,
+) -> PlannedPartition:
+    layers = []
+    copied: set[str] = set()
+    for unit in (*units, *moved):
+        planned = _planned(unit.layer, tensors)
+        if unit.tie is not None:
+            # The first use in a partition brings the bytes, unless they are here or only referred to.
+            copies = tied == "duplicate" and part_id != home and unit.tie.tensor not in copied
+            copied.add(unit.tie.tensor)
+            planned = planned._replace(alias=unit.tie.alias, tied_to=home, stored=copies)
+        layers.append(planned)
+    return PlannedPartition(part_id, tuple(layers))
+
+
+def _tie_remarks(partitions: Sequence[PlannedPartition]) -> list[str]:
+    remarks = []
+    for part in partitions:
+        for layer in part.layers:
+            if layer.alias is None:
+                continue
+            name = layer.tensors[0].name
+            if layer.stored:
+                remarks.append(
+                    f"partition {part.part_id} gets its own copy of {name} ({layer.total_bytes:,} bytes), which"
+                    f" serves there as {layer.alias}"
+                )
+            elif layer.tied_to != part.part_id:
+                remarks.append(f"partition {part.part_id} needs {name} as {layer.alias} from partition {layer.tied_to}")
+    return remarks
+
+
+def _balance(by: str, loads: Sequence[int], weights: Sequence[Fraction]) -> Balance:
+    relative = [load / weight for load, weight in zip(loads, weights, strict=True)]
+    bottleneck = relative.index(max(relative))
+    ideal = sum(loads) / sum(weights)
+    excess = float(relative[bottleneck] / ideal - 1) if ideal else 0.0
+    return Balance(by, tuple(loads), tuple(float(weight) for weight in weights), bottleneck, excess)

@@ -1,0 +1,112 @@
+"""Tied weights: where the model uses, under another name, a weight that is stored once.  Pure.
+
+Evidence first: a checkpoint without any head whose model needs one has a tied head.  config.json only
+cross-checks; where it disagrees that is a note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+
+from mmsplit.layers import Layer, LayerMap
+
+#: Spellings of the token embedding, by the end of the name; the decoder's own comes first, since it feeds the head.
+_TOKEN_EMBEDDINGS: Final = (
+    "decoder.embed_tokens.weight",
+    "shared.weight",
+    "embed_tokens.weight",
+    "wte.weight",
+    "tok_embeddings.weight",
+    "token_embd.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+)
+#: Ends of class names that produce logits over the vocabulary, so that a head must be somewhere.
+_WITH_HEAD: Final = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_HEAD_WEIGHT: Final = "lm_head.weight"
+_DECODER_EMBEDDING: Final = "decoder.embed_tokens.weight"
+
+
+class Tie(NamedTuple):
+    """`layer` uses the stored tensor `tensor` as if it were called `alias`; it runs before layer `position`.
+
+    `position` indexes `LayerMap.layers`; one past the end means it runs last.
+    """
+
+    layer: Layer
+    alias: str
+    tensor: str
+    position: int
+
+
+def find_ties(layer_map: LayerMap, config: Mapping[str, object] | None) -> tuple[tuple[Tie, ...], tuple[str, ...]]:
+    """Return the ties of a checkpoint in forward order, and notes."""
+    layers = layer_map.layers
+    names = {name for layer in layers for name in layer.tensors}
+    embedding = _token_embedding(layers)
+    has_head = any(layer.layer_type == "head" for layer in layers)
+    declared = _declared(config)
+    if embedding is None or not _needs_head(config, has_blocks=any(layer.stack for layer in layers)):
+        return (), ()
+    ties = []
+    decoder_start = _first_block(layers, "decoder")
+    if (
+        decoder_start is not None
+        and embedding.endswith("shared.weight")
+        and not any(name.endswith(_DECODER_EMBEDDING) for name in names)
+    ):
+        ties.append(_tie("decoder.embed_tokens", "embedding", _DECODER_EMBEDDING, embedding, decoder_start))
+    notes: tuple[str, ...] = ()
+    if not has_head:
+        ties.append(_tie("lm_head", "head", _HEAD_WEIGHT, embedding, len(layers)))
+        if declared is False:
+            notes = (
+                f"config.json says tie_word_embeddings is false, but no header has a head; {embedding} is taken"
+                " to be tied to it",
+            )
+    elif declared is True and _HEAD_WEIGHT in names:
+        notes = (f"config.json says the head is tied, but {_HEAD_WEIGHT} is stored too; both are kept",)
+    return tuple(ties), notes
+
+
+def _tie(layer_name: str, layer_type: str, alias: str, tensor: str, position: int) -> Tie:
+    return Tie(Layer(layer_name, layer_type, None, None, (tensor,)), alias, tensor, position)
+
+
+def _token_embedding(layers: Sequence[Layer]) -> str | None:
+    candidates = [name for layer in layers if layer.layer_type == "embedding" for name in layer.tensors]
+    for ending in _TOKEN_EMBEDDINGS:
+        for name in candidates:
+            if name == ending or name.endswith(f".{ending}"):
+                return name
+    return None
+
+
+def _needs_head(config: Mapping[str, object] | None, *, has_blocks: bool) -> bool:
+    """Whether the model turns hidden states into tokens; without a config, anything with blocks may."""
+    if config is None:
+        return has_blocks
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and architectures:
+        return any(isinstance(name, str) and name.endswith(_WITH_HEAD) for name in architectures)
+    return has_blocks and _declared(config) is True
+
+
+def _declared(config: Mapping[str, object] | None) -> bool | None:
+    """tie_word_embeddings as config.json has it, at its top or in the text model's part."""
+    if config is None:
+        return None
+    for part in (config, config.get("text_config"), config.get("llm_config"), config.get("language_config")):
+        if isinstance(part, Mapping):
+            value = part.get("tie_word_embeddings")
+            if isinstance(value, bool):
+                return value
+    return None
+
+
+def _first_block(layers: Sequence[Layer], stack_part: str) -> int | None:
+    for position, layer in enumerate(layers):
+        if layer.stack is not None and stack_part in layer.stack.split("."):
+            return position
+    return None
