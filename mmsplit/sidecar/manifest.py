@@ -1,0 +1,256 @@
+"""`partition_K.json`: the manifest of one partition, as a record, to text and back.  Pure.
+
+A manifest is read strictly: a field that is missing or of another type, a count that disagrees with its parts, a
+version not known here is an error, not a guess.  Unknown fields are ignored, so that a later minor addition does
+not break this reader; anything that changes meaning gets a new format version.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Final, NamedTuple
+
+from mmsplit.errors import FormatError, IntegrityError
+from mmsplit.sidecar.framing import FORMAT_VERSION, require_version
+from mmsplit.sidecar.json_fields import Fields, load_json_object
+from mmsplit.sidecar.layout import CHUNK_BYTES, chunk_count_of
+
+PARTITION_FORMAT: Final = "mmsplit-partition"
+CHECKSUM_KIND: Final = "xxh3_64"
+
+
+class TensorEntry(NamedTuple):
+    """One tensor in a partition.  Chunks [`first_chunk`, `first_chunk + chunk_count`) of its index hold it.
+
+    `source_start` and `source_stop` are the half-open byte range in the source shard's file.  `xxh3` is None in a
+    layer that is not stored here.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    params: int
+    size_bytes: int
+    xxh3: str | None
+    first_chunk: int
+    chunk_count: int
+    shard: str
+    source_start: int
+    source_stop: int
+
+
+class LayerEntry(NamedTuple):
+    """One layer in a partition; payload bytes [`start`, `stop`) hold it, padding included.
+
+    `alias`, `tied_to` and `stored` as in `planning.PlannedLayer`.
+    """
+
+    name: str
+    layer_type: str
+    stack: str | None
+    block_index: int | None
+    start: int
+    stop: int
+    stored_bytes: int
+    tensors: tuple[TensorEntry, ...]
+    alias: str | None
+    tied_to: int | None
+    stored: bool
+
+    @property
+    def total_params(self) -> int:
+        """Number of elements stored."""
+        return sum(tensor.params for tensor in self.tensors) if self.stored else 0
+
+    @property
+    def total_bytes(self) -> int:
+        """Raw bytes stored."""
+        return sum(tensor.size_bytes for tensor in self.tensors) if self.stored else 0
+
+
+class Manifest(NamedTuple):
+    """The parsed `partition_K.json`.  `stored_bytes` counts encoded chunks, without padding and index."""
+
+    part_id: int
+    num_parts: int
+    model_id: str
+    revision: str | None
+    plan_digest: str
+    source_digest: str
+    payload_file: str
+    data_stop: int
+    chunk_count: int
+    index_xxh3: str
+    stored_bytes: int
+    layers: tuple[LayerEntry, ...]
+
+    @property
+    def total_params(self) -> int:
+        """Number of elements stored."""
+        return sum(layer.total_params for layer in self.layers)
+
+    @property
+    def total_bytes(self) -> int:
+        """Raw bytes stored."""
+        return sum(layer.total_bytes for layer in self.layers)
+
+    def stored_tensors(self) -> tuple[TensorEntry, ...]:
+        """Return the tensors the payload holds, in payload order; their places count as `tensor` of the index."""
+        return tuple(tensor for layer in self.layers if layer.stored for tensor in layer.tensors)
+
+
+def format_manifest(manifest: Manifest) -> bytes:
+    """Return the manifest as JSON that a person can read: a tensor is one line."""
+    head = {
+        "format": PARTITION_FORMAT,
+        "format_version": FORMAT_VERSION,
+        "part_id": manifest.part_id,
+        "num_parts": manifest.num_parts,
+        "model_id": manifest.model_id,
+        "revision": manifest.revision,
+        "plan_digest": manifest.plan_digest,
+        "source_digest": manifest.source_digest,
+        "total_params": manifest.total_params,
+        "total_bytes": manifest.total_bytes,
+        "stored_bytes": manifest.stored_bytes,
+        "payload": {
+            "file": manifest.payload_file,
+            "checksum": CHECKSUM_KIND,
+            "chunk_bytes": CHUNK_BYTES,
+            "chunk_count": manifest.chunk_count,
+            "data_stop": manifest.data_stop,
+            "index_xxh3": manifest.index_xxh3,
+        },
+    }
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    layers = ",\n".join(_format_layer(layer) for layer in manifest.layers)
+    return ("{\n" + ",\n".join(lines) + ',\n "layers": [\n' + layers + "\n ]\n}\n").encode()
+
+
+def _format_layer(layer: LayerEntry) -> str:
+    head: dict[str, object] = {
+        "name": layer.name,
+        "layer_type": layer.layer_type,
+        "stack": layer.stack,
+        "index": layer.block_index,
+        "total_params": layer.total_params,
+        "total_bytes": layer.total_bytes,
+        "stored_bytes": layer.stored_bytes,
+        "start": layer.start,
+        "stop": layer.stop,
+    }
+    if layer.alias is not None:
+        head |= {"alias": layer.alias, "tied_to": layer.tied_to, "stored": layer.stored}
+    tensors = ",\n".join(f"    {json.dumps(_tensor_json(tensor))}" for tensor in layer.tensors)
+    return "  {" + json.dumps(head)[1:-1] + ', "tensors": [\n' + tensors + "\n  ]}"
+
+
+def _tensor_json(tensor: TensorEntry) -> dict[str, object]:
+    return {
+        "name": tensor.name,
+        "dtype": tensor.dtype,
+        "shape": tensor.shape,
+        "params": tensor.params,
+        "bytes": tensor.size_bytes,
+        "xxh3": tensor.xxh3,
+        "chunks": [tensor.first_chunk, tensor.chunk_count],
+        "shard": tensor.shard,
+        "source_range": [tensor.source_start, tensor.source_stop],
+    }
+
+
+def parse_manifest(data: bytes, path: str) -> Manifest:
+    """Parse and check a manifest.  Raises `FormatError` if it is not one, `IntegrityError` if it contradicts itself."""
+    fields = Fields(load_json_object(data, path), path)
+    if fields.get("format", str) != PARTITION_FORMAT:
+        fields.fail(f"not the manifest of a partition: format is {fields.get('format', str)[:40]!r}")
+    require_version(fields.values.get("format_version"), path)
+    payload = fields.inner("payload")
+    for key, known in (("checksum", CHECKSUM_KIND), ("chunk_bytes", CHUNK_BYTES)):
+        if payload.values.get(key) != known:
+            raise FormatError(
+                f"{key} is not one this mmsplit reads",
+                path=path,
+                expected=str(known),
+                found=repr(payload.values.get(key))[:40],
+            )
+    manifest = Manifest(
+        part_id=fields.count("part_id"),
+        num_parts=fields.count("num_parts"),
+        model_id=fields.get("model_id", str),
+        revision=fields.optional("revision", str),
+        plan_digest=fields.sha256("plan_digest"),
+        source_digest=fields.sha256("source_digest"),
+        payload_file=payload.plain_name("file"),
+        data_stop=payload.count("data_stop"),
+        chunk_count=payload.count("chunk_count"),
+        index_xxh3=payload.xxh3("index_xxh3"),
+        stored_bytes=fields.count("stored_bytes"),
+        layers=tuple(_parse_layer(layer) for layer in fields.each("layers")),
+    )
+    _require_consistent(manifest, fields)
+    return manifest
+
+
+def _parse_layer(fields: Fields) -> LayerEntry:
+    alias = fields.optional("alias", str)
+    return LayerEntry(
+        name=fields.get("name", str),
+        layer_type=fields.get("layer_type", str),
+        stack=fields.optional("stack", str),
+        block_index=fields.optional("index", int),
+        start=fields.count("start"),
+        stop=fields.count("stop"),
+        stored_bytes=fields.count("stored_bytes"),
+        tensors=tuple(_parse_tensor(tensor) for tensor in fields.each("tensors")),
+        alias=alias,
+        tied_to=fields.optional("tied_to", int),
+        stored=True if alias is None else fields.get("stored", bool),
+    )
+
+
+def _parse_tensor(fields: Fields) -> TensorEntry:
+    first, count = fields.pair("chunks")
+    start, stop = fields.pair("source_range")
+    shape = fields.get("shape", list)
+    if not all(type(size) is int and size >= 0 for size in shape):
+        fields.fail("shape is not a list of sizes")
+    return TensorEntry(
+        name=fields.get("name", str),
+        dtype=fields.get("dtype", str),
+        shape=tuple(shape),
+        params=fields.count("params"),
+        size_bytes=fields.count("bytes"),
+        xxh3=None if fields.values.get("xxh3") is None else fields.xxh3("xxh3"),
+        first_chunk=first,
+        chunk_count=count,
+        shard=fields.plain_name("shard"),
+        source_start=start,
+        source_stop=stop,
+    )
+
+
+def _require_consistent(manifest: Manifest, fields: Fields) -> None:
+    def require(holds: bool, what: str, tensor: str | None = None) -> None:
+        if not holds:
+            raise IntegrityError(f"manifest contradicts itself: {what}", path=fields.path, tensor=tensor)
+
+    require(manifest.part_id < manifest.num_parts, "part_id is not below num_parts")
+    require(fields.count("total_params") == manifest.total_params, "total_params is not the sum of its layers")
+    require(fields.count("total_bytes") == manifest.total_bytes, "total_bytes is not the sum of its layers")
+    require(
+        manifest.stored_bytes == sum(layer.stored_bytes for layer in manifest.layers),
+        "stored_bytes is not the sum of its layers",
+    )
+    chunk = 0
+    for tensor in manifest.stored_tensors():
+        require(tensor.first_chunk == chunk, "chunks are not numbered in order", tensor.name)
+        require(tensor.chunk_count == chunk_count_of(tensor.size_bytes), "chunk count does not fit", tensor.name)
+        require(
+            tensor.source_stop - tensor.source_start == tensor.size_bytes,
+            "source range does not fit",
+            tensor.name,
+        )
+        require(tensor.xxh3 is not None, "a stored tensor has no checksum", tensor.name)
+        chunk += tensor.chunk_count
+    require(chunk == manifest.chunk_count, "chunk_count is not that of its tensors")

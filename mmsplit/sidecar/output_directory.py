@@ -1,0 +1,234 @@
+"""The directory a set is written to: who may write there, what is there already, what an unfinished run left.
+
+Only one run at a time (an advisory lock that dies with its process).  From the first byte to the last a file
+`unfinished_split.json` says what the run is making, so that a later one can tell whether it may continue it; the set
+manifest is written when everything else is there, and then the state goes away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Literal
+
+from mmsplit.errors import MmsplitError, NoSpaceError, OutputError, OutputExistsError, OutputLockedError
+from mmsplit.sidecar.framing import MAGIC
+from mmsplit.sidecar.output_files import PARTIAL_SUFFIX, output_errors, sync_directory, write_whole_file
+from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest, parse_set_manifest
+
+STATE_NAME: Final = "unfinished_split.json"
+LOCK_NAME: Final = ".mmsplit.lock"
+_OURS: Final = re.compile(
+    r"^(partition_\d+\.(json|bin)(\.partial|\.journal)?|partition_set\.json(\.partial)?)$", re.ASCII
+)
+
+#: What to do about output that is there already: refuse, continue an unfinished run, or replace what mmsplit wrote.
+Existing = Literal["refuse", "resume", "force"]
+Found = Literal["nothing", "unfinished", "finished"]
+
+
+class OutputDirectory:
+    """An output directory, locked from `__enter__` to `__exit__`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock_fd = -1
+
+    def __enter__(self) -> OutputDirectory:
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputExistsError("output is not a directory", path=self.path, hint="Give another -o DIR.")
+        with output_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock_fd = _lock(self.path / LOCK_NAME)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _unlock(self.path / LOCK_NAME, self._lock_fd)
+        self._lock_fd = -1
+
+    def prepare(self, identity: Mapping[str, object], existing: Existing) -> Found:
+        """Settle what is there already and return what this run starts from.
+
+        `identity` says what the run makes; only a run of the same identity may be continued.  Raises
+        `OutputExistsError`; nothing is removed that mmsplit did not write, and that only with "force".
+        """
+        manifest_path = self.path / SET_MANIFEST_NAME
+        state = self._read_state()
+        if existing == "force":
+            self._remove_own_files()
+            return "nothing"
+        if state is not None:
+            self._require_same(state, identity, existing, "an unfinished split")
+            return "unfinished"
+        if manifest_path.exists():
+            manifest = self._read_set_manifest()
+            self._require_same(_identity_of(manifest), identity, existing, "a finished partition set")
+            return "finished"
+        stray = sorted(name for name in os.listdir(self.path) if _OURS.match(name))
+        if stray:
+            raise OutputExistsError(
+                f"output holds {stray[0]}, but neither a set manifest nor an unfinished run",
+                path=self.path,
+                hint="Choose another directory, or use --force to replace what mmsplit wrote there.",
+            )
+        return "nothing"
+
+    def write_state(self, state: Mapping[str, object]) -> None:
+        """Record what the run makes and what it knows so far."""
+        write_whole_file(self.path / STATE_NAME, (json.dumps(state, indent=1) + "\n").encode())
+
+    def read_state(self) -> Mapping[str, object]:
+        """Return what the unfinished run recorded; empty if there is none."""
+        return self._read_state() or {}
+
+    def finish(self, set_manifest: bytes) -> None:
+        """Write the set manifest, which makes the set a set, and end the unfinished state."""
+        write_whole_file(self.path / SET_MANIFEST_NAME, set_manifest)
+        with output_errors(self.path):
+            (self.path / STATE_NAME).unlink(missing_ok=True)
+        sync_directory(self.path)
+
+    def require_space(self, needed_bytes: int, what: str) -> None:
+        """Raise `NoSpaceError` if the file system has less than `needed_bytes` free for this user."""
+        free = free_bytes(self.path)
+        if free < needed_bytes:
+            raise NoSpaceError(
+                f"too little free space for {what}",
+                path=self.path,
+                expected=f"{needed_bytes:,} bytes free",
+                found=free,
+                hint=f"Free {needed_bytes - free:,} bytes more, or choose another directory.",
+            )
+
+    def _read_state(self) -> dict[str, object] | None:
+        try:
+            state = json.loads((self.path / STATE_NAME).read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise OutputExistsError(
+                f"cannot read the state of an unfinished run: {error}",
+                path=self.path / STATE_NAME,
+                hint="Use --force to start again.",
+            ) from error
+        return state if isinstance(state, dict) else {}
+
+    def _read_set_manifest(self) -> SetManifest:
+        path = self.path / SET_MANIFEST_NAME
+        try:
+            return parse_set_manifest(path.read_bytes(), str(path))
+        except MmsplitError as error:
+            raise OutputExistsError(
+                f"output holds a set manifest that cannot be read: {error.what}",
+                path=path,
+                hint="Choose another directory, or use --force to replace what mmsplit wrote there.",
+            ) from error
+
+    def _require_same(
+        self, there: Mapping[str, object], identity: Mapping[str, object], existing: Existing, what: str
+    ) -> None:
+        different = [key for key, value in identity.items() if there.get(key) != value]
+        if existing == "resume" and not different:
+            return
+        if different:
+            reason = f"output holds {what} of another {', '.join(different).replace('_', ' ')}"
+            hint = "Choose another directory, or use --force to replace it."
+        else:
+            reason = f"output holds {what} of the same source and plan"
+            hint = "Use --resume to go on from there, or --force to start again."
+        raise OutputExistsError(reason, path=self.path, hint=hint)
+
+    def _remove_own_files(self) -> None:
+        """Remove what mmsplit wrote: set manifest first, so that what is left never passes for a set."""
+        names = [name for name in os.listdir(self.path) if _OURS.match(name)]
+        for name in names:
+            if not _is_ours(self.path / name):
+                raise OutputExistsError(
+                    "file has a name of mmsplit's, but mmsplit did not write it",
+                    path=self.path / name,
+                    hint="Move it away, or choose another directory.",
+                )
+        with output_errors(self.path):
+            for name in sorted(names, key=lambda name: not name.startswith(SET_MANIFEST_NAME)):
+                (self.path / name).unlink()
+            (self.path / STATE_NAME).unlink(missing_ok=True)
+        sync_directory(self.path)
+
+
+def free_bytes(path: Path) -> int:
+    """Return the bytes that this user may still write to the file system of `path`."""
+    with output_errors(path):
+        return shutil.disk_usage(path).free
+
+
+def _identity_of(manifest: SetManifest) -> dict[str, object]:
+    return {
+        "source": manifest.source_digest,
+        "plan": manifest.plan_digest,
+        "codec": manifest.codec,
+        "model_id": manifest.model_id,
+        "revision": manifest.revision,
+    }
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file that has a name of ours has our content, too; work in progress and journals go by their name."""
+    if not path.is_file() or path.is_symlink():
+        return False
+    if path.name.endswith((PARTIAL_SUFFIX, ".journal")):
+        return True
+    with path.open("rb") as file:
+        head = file.read(256)
+    return head.startswith(MAGIC) if path.suffix == ".bin" else b'"mmsplit-' in head
+
+
+def _lock(path: Path) -> int:
+    """Take the lock file's lock; the loser of a race with its removal tries again on the new file."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if not _try_lock(fd):
+            os.close(fd)
+            raise OutputLockedError(
+                "another run is writing to this output", path=path.parent, hint="Wait until it has ended."
+            )
+        try:
+            if os.path.samestat(os.fstat(fd), path.stat()):
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        else:
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError | PermissionError):
+            return False
+        raise OutputError(f"cannot lock the output: {error.strerror}") from error
+    return True
+
+
+def _unlock(path: Path, fd: int) -> None:
+    if fd < 0:
+        return
+    try:
+        if os.name != "nt":  # Windows cannot remove a file that is open
+            path.unlink(missing_ok=True)
+    except OSError:
+        pass  # a lock file that stays does no harm
+    os.close(fd)

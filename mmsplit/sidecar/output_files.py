@@ -1,0 +1,75 @@
+"""Writing files so that a name never stands for less than all of it, and turning the system's refusals into ours."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from mmsplit.errors import NoSpaceError, OutputError
+
+#: A file under construction is called NAME + this.
+PARTIAL_SUFFIX: Final = ".partial"
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn an `OSError` of the block into an `OutputError` about `path` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            raise NoSpaceError(
+                f"cannot write: {error.strerror}",
+                path=path,
+                hint="Free some space, then run the same command again with --resume.",
+            ) from error
+        raise OutputError(
+            f"cannot write: {error.strerror or error}",
+            path=path,
+            hint="Check that the directory exists, is writable and that its disk is sound.",
+        ) from error
+
+
+def write_whole_file(path: Path, data: bytes) -> None:
+    """Write `data` under a temporary name, sync it, and rename it to `path`; then sync the directory."""
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    with output_errors(path):
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            write_all(fd, memoryview(data), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(partial, path)
+    sync_directory(path.parent)
+
+
+def write_all(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`, however often the system takes only a part of it."""
+    if not hasattr(os, "pwrite"):  # Windows; each file has one writer there
+        os.lseek(fd, offset, os.SEEK_SET)
+        while data:
+            data = data[os.write(fd, data) :]
+        return
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and unlinks in `path` durable; not every system can."""
+    if os.name == "nt":
+        return
+    with output_errors(path):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a file system without directory sync
+                raise
+        finally:
+            os.close(fd)

@@ -1,0 +1,304 @@
+"""Opens one partition: manifest, payload and chunk index, held against each other.
+
+There is one code path for reading and for verifying: every fault goes to `report`, which raises for those who want
+to use the partition and collects for those who want to know all that is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, NamedTuple, NoReturn
+
+import numpy as np
+import xxhash
+import zstandard
+
+from mmsplit.checkpoint import FileReader, IoMode
+from mmsplit.codec import Encoded
+from mmsplit.errors import FormatError, IntegrityError, MissingPartitionError, MmsplitError
+from mmsplit.sidecar.chunk_index import CHUNK_RECORD, ChunkIndex, find_fault, tensor_checksum
+from mmsplit.sidecar.framing import (
+    TRAILER_BYTES,
+    Trailer,
+    pack_header,
+    parse_header_version,
+    parse_trailer,
+)
+from mmsplit.sidecar.layout import DATA_START, SLOT_ALIGNMENT
+from mmsplit.sidecar.manifest import LayerEntry, Manifest, TensorEntry, parse_manifest
+
+MAX_MANIFEST_BYTES: Final = 1 << 30
+_MANIFEST_NAME: Final = re.compile(r"^partition_(\d+)\.json$", re.ASCII)
+
+
+class Fault(NamedTuple):
+    """Something that is not as it was written.  [`start`, `stop`) is the byte range in `file` that is affected."""
+
+    file: str
+    what: str
+    start: int | None = None
+    stop: int | None = None
+    partition: int | None = None
+    layer: str | None = None
+    tensor: str | None = None
+
+
+Report = Callable[[Fault], None]
+
+
+class OpenPartition:
+    """A partition whose structure is sound: manifest, chunk index and an open payload."""
+
+    def __init__(self, path: Path, manifest: Manifest, index: ChunkIndex, reader: FileReader) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.index = index
+        self.reader = reader
+        self.tensors = manifest.stored_tensors()
+
+    def encoded(self, chunk: int) -> tuple[int, int, Encoded]:
+        """Return payload range [start, stop) and encoding of a chunk."""
+        record = self.index[chunk]
+        start, stored = int(record["stored_offset"]), int(record["stored_bytes"])
+        return start, start + stored, Encoded(int(record["codec"]), int(record["layout"]), stored)
+
+    def close(self) -> None:
+        """Close the payload."""
+        self.reader.close()
+
+    def __enter__(self) -> OpenPartition:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def manifest_name(part_id: int) -> str:
+    """Return the file name of a partition's manifest."""
+    return f"partition_{part_id}.json"
+
+
+def payload_name(part_id: int) -> str:
+    """Return the file name of a partition's payload."""
+    return f"partition_{part_id}.bin"
+
+
+def open_partition_files(path: Path, io: IoMode = "auto") -> OpenPartition:
+    """Open a partition by its manifest or payload; raises on the first fault."""
+    if path.suffix == ".bin":
+        path = path.with_suffix(".json")
+
+    def fail(fault: Fault) -> NoReturn:
+        raise IntegrityError(
+            fault.what,
+            path=fault.file,
+            tensor=fault.tensor,
+            offset=fault.start,
+            hint="Verify the set to see all damage: mmsplit verify " + str(path.parent),
+        )
+
+    partition = read_partition_files(path, fail, io)
+    if partition is None:
+        raise IntegrityError("partition cannot be opened", path=path)
+    return partition
+
+
+def read_partition_files(path: Path, report: Report, io: IoMode = "auto") -> OpenPartition | None:
+    """Open a partition by its manifest at `path`, reporting every fault on the way; None if too little is sound.
+
+    Raises `FormatError` for a partition of a version not known here, and `CheckpointError` if a file cannot be read.
+    """
+    data = _read_manifest_file(path, report)
+    payload = path.with_suffix(".bin")
+    if not payload.is_file():
+        report(Fault(str(payload), "payload is missing"))
+        return None
+    reader = FileReader(payload, io=io, changed_error=IntegrityError)
+    try:
+        partition = _read_payload(path, data, reader, report)
+    except BaseException:
+        reader.close()
+        raise
+    if partition is None:
+        reader.close()
+    return partition
+
+
+def read_manifest_copy(payload: Path) -> bytes:
+    """Return the manifest that a payload carries, byte for byte the partition's JSON; raises if it is not sound."""
+    with FileReader(payload, io="pread", changed_error=IntegrityError) as reader:
+        _require_payload(reader)
+        trailer = _read_trailer(reader)
+        copy = None if trailer is None else _manifest_copy(reader, trailer)
+        if copy is None:
+            raise IntegrityError("payload has no sound trailer; it is truncated, or not finished", path=payload)
+        return copy
+
+
+def _read_manifest_file(path: Path, report: Report) -> bytes | None:
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            report(Fault(str(path), f"manifest is larger than {MAX_MANIFEST_BYTES:,} bytes"))
+            return None
+        return path.read_bytes()
+    except FileNotFoundError:
+        report(Fault(str(path), "manifest is missing"))
+        return None
+
+
+def _read_payload(path: Path, data: bytes | None, reader: FileReader, report: Report) -> OpenPartition | None:
+    payload = str(reader.path)
+    _require_payload(reader)
+    trailer = _read_trailer(reader)
+    copy = None
+    if trailer is None:
+        start = max(0, reader.size_bytes - TRAILER_BYTES)
+        report(
+            Fault(
+                payload,
+                "payload does not end in its trailer; it is damaged or truncated",
+                start,
+                reader.size_bytes,
+            )
+        )
+    else:
+        copy = _manifest_copy(reader, trailer)
+        if copy is None:
+            stop = trailer.manifest_offset + trailer.manifest_stored_bytes
+            report(Fault(payload, "payload's copy of the manifest is damaged", trailer.manifest_offset, stop))
+    manifest = _choose_manifest(path, data, trailer, copy, report)
+    if manifest is None:
+        return None
+    header = pack_header(manifest.part_id, manifest.num_parts, manifest.plan_digest, manifest.source_digest)
+    if reader.read(0, DATA_START) != header:
+        report(
+            Fault(
+                payload,
+                "file header is not that of the manifest's partition",
+                0,
+                DATA_START,
+                manifest.part_id,
+            )
+        )
+    named = _MANIFEST_NAME.match(path.name)
+    if named and int(named[1]) != manifest.part_id:
+        report(Fault(str(path), f"file holds partition {manifest.part_id}, not {named[1]}", partition=int(named[1])))
+    index = _read_index(manifest, reader, report)
+    return None if index is None else OpenPartition(path, manifest, index, reader)
+
+
+def _require_payload(reader: FileReader) -> None:
+    if reader.size_bytes < DATA_START:
+        raise IntegrityError("payload is truncated", path=reader.path, expected=DATA_START, found=reader.size_bytes)
+    parse_header_version(reader.read(0, 12), str(reader.path))
+
+
+def _read_trailer(reader: FileReader) -> Trailer | None:
+    size = reader.size_bytes
+    return parse_trailer(reader.read(max(0, size - TRAILER_BYTES), size), size)
+
+
+def _manifest_copy(reader: FileReader, trailer: Trailer) -> bytes | None:
+    if trailer.manifest_bytes > MAX_MANIFEST_BYTES:
+        return None
+    frame = reader.read(trailer.manifest_offset, trailer.manifest_offset + trailer.manifest_stored_bytes)
+    try:
+        if zstandard.frame_content_size(frame) != trailer.manifest_bytes:
+            return None
+        data = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError:
+        return None
+    return data if xxhash.xxh3_64_intdigest(data) == trailer.manifest_xxh3 else None
+
+
+def _choose_manifest(
+    path: Path, data: bytes | None, trailer: Trailer | None, copy: bytes | None, report: Report
+) -> Manifest | None:
+    """Return the manifest on disk where it is the payload's own, else the copy, else whatever can be parsed."""
+    if data is not None and trailer is not None and xxhash.xxh3_64_intdigest(data) != trailer.manifest_xxh3:
+        report(Fault(str(path), "manifest is not the one written with this payload", 0, len(data)))
+    candidates = [item for item in (copy, data) if item is not None]
+    for position, candidate in enumerate(candidates):
+        try:
+            return parse_manifest(candidate, str(path))
+        except FormatError:
+            raise
+        except MmsplitError as error:
+            if position == len(candidates) - 1:
+                report(Fault(str(path), error.what))
+    return None
+
+
+def _read_index(manifest: Manifest, reader: FileReader, report: Report) -> ChunkIndex | None:
+    payload, size = str(reader.path), manifest.chunk_count * CHUNK_RECORD.itemsize
+    start, stop = manifest.data_stop, manifest.data_stop + size
+    if stop > reader.size_bytes or manifest.data_stop % SLOT_ALIGNMENT:
+        report(Fault(payload, "payload is too short for its chunk index", start, stop, manifest.part_id))
+        return None
+    data = reader.read(start, stop)
+    if xxhash.xxh3_64_hexdigest(data) != manifest.index_xxh3:
+        report(Fault(payload, "chunk index is damaged", start, stop, manifest.part_id))
+    index = np.frombuffer(data, CHUNK_RECORD)
+    fault = find_fault(index, [tensor.size_bytes for tensor in manifest.stored_tensors()], manifest.data_stop)
+    if fault is not None:
+        record = start + fault[0] * CHUNK_RECORD.itemsize
+        what = f"chunk {fault[0]:,} {fault[1]}"
+        report(Fault(payload, what, record, record + CHUNK_RECORD.itemsize, manifest.part_id))
+        return None
+    for layer in manifest.layers:
+        for fault_in_layer in _layer_faults(layer, manifest, index, str(reader.path)):
+            report(fault_in_layer)
+    return index
+
+
+def _layer_faults(layer: LayerEntry, manifest: Manifest, index: ChunkIndex, payload: str) -> list[Fault]:
+    if not layer.stored:
+        return []
+    faults = []
+    chunks = sum(tensor.chunk_count for tensor in layer.tensors)
+    if chunks:
+        first = layer.tensors[0].first_chunk
+        rows = index[first : first + chunks]
+        stop = int(rows["stored_offset"][-1]) + int(rows["stored_bytes"][-1])
+        if int(rows["stored_offset"][0]) != layer.start or not layer.start <= stop <= layer.stop <= manifest.data_stop:
+            faults.append(
+                Fault(
+                    payload,
+                    "layer does not lie where the manifest says",
+                    layer.start,
+                    layer.stop,
+                    manifest.part_id,
+                    layer.name,
+                )
+            )
+    for tensor in layer.tensors:
+        if tensor_checksum(_raw_checksums(tensor, index)) != tensor.xxh3:
+            faults.append(
+                Fault(
+                    payload,
+                    "checksum in the manifest is not that of the chunk index",
+                    layer.start,
+                    layer.stop,
+                    manifest.part_id,
+                    layer.name,
+                    tensor.name,
+                )
+            )
+    return faults
+
+
+def _raw_checksums(tensor: TensorEntry, index: ChunkIndex) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
+    return index["raw_xxh3"][tensor.first_chunk : tensor.first_chunk + tensor.chunk_count]
+
+
+def require_partition(path: Path, part_id: int) -> None:
+    """Raise `MissingPartitionError` unless manifest and payload of a partition are there."""
+    for name in (manifest_name(part_id), payload_name(part_id)):
+        if not (path / name).is_file():
+            raise MissingPartitionError(
+                f"partition {part_id} is not here",
+                path=path / name,
+                hint="Copy it into the set, then run again.",
+            )

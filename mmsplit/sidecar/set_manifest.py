@@ -1,0 +1,224 @@
+"""`partition_set.json`: what ties the partitions of one plan together and back to their source.  Pure.
+
+It holds what no partition holds: each source shard's size, SHA-256 and header bytes, the weights index, the digests
+of the small files and of the partition manifests.  `root_digest` is over all of that, so that it stands for the set.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from typing import Final, NamedTuple
+
+import zstandard
+
+from mmsplit.errors import IntegrityError
+from mmsplit.sidecar.framing import FORMAT_VERSION, require_version
+from mmsplit.sidecar.json_fields import Fields, load_json_object
+
+SET_FORMAT: Final = "mmsplit-set"
+SET_MANIFEST_NAME: Final = "partition_set.json"
+#: Kept bytes (a header, an index) are decompressed only up to this size.
+_MAX_KEPT_BYTES: Final = 512 << 20
+
+
+class KeptBytes(NamedTuple):
+    """Bytes of the source kept verbatim, as one zstd frame."""
+
+    size_bytes: int
+    frame: bytes
+
+    @classmethod
+    def of(cls, data: bytes) -> KeptBytes:
+        """Compress `data`."""
+        return cls(len(data), zstandard.ZstdCompressor(level=9).compress(data))
+
+    def data(self, path: str) -> bytes:
+        """Return the bytes; raises `IntegrityError` if the frame does not hold exactly `size_bytes`."""
+        try:
+            if self.size_bytes <= _MAX_KEPT_BYTES and zstandard.frame_content_size(self.frame) == self.size_bytes:
+                data = zstandard.ZstdDecompressor().decompress(self.frame, allow_extra_data=False)
+                if len(data) == self.size_bytes:
+                    return data
+        except zstandard.ZstdError:
+            pass
+        raise IntegrityError("kept bytes of the source cannot be decoded", path=path, expected=self.size_bytes)
+
+
+class ShardEntry(NamedTuple):
+    """A source shard: its file name, length and digest, and its first bytes, from length field to end of header."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+    header: KeptBytes
+
+
+class FileEntry(NamedTuple):
+    """A small file that travels along; `name` is relative, with `/`."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+class PartitionEntry(NamedTuple):
+    """One partition: file names, and the digest of its manifest, which binds the payload's chunk checksums."""
+
+    part_id: int
+    manifest_file: str
+    manifest_sha256: str
+    payload_file: str
+    payload_bytes: int
+    total_params: int
+    total_bytes: int
+    stored_bytes: int
+
+
+class SetManifest(NamedTuple):
+    """The parsed set manifest.  `weights_index` is the weights index's name and bytes, or None."""
+
+    model_id: str
+    revision: str | None
+    plan_digest: str
+    source_digest: str
+    codec: str
+    tied: str
+    shards: tuple[ShardEntry, ...]
+    weights_index: tuple[str, KeptBytes] | None
+    files: tuple[FileEntry, ...]
+    partitions: tuple[PartitionEntry, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Raw bytes in all partitions, copies of tied weights included."""
+        return sum(partition.total_bytes for partition in self.partitions)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Encoded bytes in all partitions."""
+        return sum(partition.stored_bytes for partition in self.partitions)
+
+    @property
+    def root_digest(self) -> str:
+        """SHA-256 over the canonical JSON (sorted keys, no white space) of everything else."""
+        return "sha256:" + hashlib.sha256(_canonical(_as_json(self))).hexdigest()
+
+
+def format_set_manifest(manifest: SetManifest) -> bytes:
+    """Return the set manifest as JSON that a person can read."""
+    values = {**_as_json(manifest), "root_digest": manifest.root_digest}
+    return (json.dumps(values, indent=1) + "\n").encode()
+
+
+def parse_set_manifest(data: bytes, path: str) -> SetManifest:
+    """Parse and check a set manifest; raises `FormatError` or `IntegrityError`."""
+    fields = Fields(load_json_object(data, path), path)
+    if fields.get("format", str) != SET_FORMAT:
+        fields.fail(f"not the manifest of a partition set: format is {fields.get('format', str)[:40]!r}")
+    require_version(fields.values.get("format_version"), path)
+    # The root digest is over the JSON as it stands, so that a field of a later minor addition is bound, too.
+    rest = {key: value for key, value in fields.values.items() if key != "root_digest"}
+    found = "sha256:" + hashlib.sha256(_canonical(rest)).hexdigest()
+    if fields.sha256("root_digest") != found:
+        raise IntegrityError(
+            "set manifest is not what was written: root digest does not fit",
+            path=path,
+            expected=fields.sha256("root_digest"),
+            found=found,
+            hint="Copy it again from where the set came from.",
+        )
+    source = fields.inner("source")
+    index = source.optional("index", dict)
+    manifest = SetManifest(
+        model_id=fields.get("model_id", str),
+        revision=fields.optional("revision", str),
+        plan_digest=fields.sha256("plan_digest"),
+        source_digest=fields.sha256("source_digest"),
+        codec=fields.get("codec", str),
+        tied=fields.get("tied", str),
+        shards=tuple(
+            ShardEntry(f.plain_name("name"), f.count("bytes"), f.sha256("sha256"), _kept(f.inner("header")))
+            for f in source.each("shards")
+        ),
+        weights_index=None if index is None else _index(source.inner("index")),
+        files=tuple(
+            FileEntry(f.relative_name("name"), f.count("bytes"), f.sha256("sha256")) for f in fields.each("files")
+        ),
+        partitions=tuple(
+            PartitionEntry(
+                f.count("part_id"),
+                f.plain_name("manifest"),
+                f.sha256("manifest_sha256"),
+                f.plain_name("payload"),
+                f.count("payload_bytes"),
+                f.count("total_params"),
+                f.count("total_bytes"),
+                f.count("stored_bytes"),
+            )
+            for f in fields.each("partitions")
+        ),
+    )
+    if [partition.part_id for partition in manifest.partitions] != list(range(fields.count("num_parts"))):
+        fields.fail("partitions are not numbered from 0 to num_parts - 1")
+    return manifest
+
+
+def _as_json(manifest: SetManifest) -> dict[str, object]:
+    return {
+        "format": SET_FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model_id": manifest.model_id,
+        "revision": manifest.revision,
+        "num_parts": len(manifest.partitions),
+        "plan_digest": manifest.plan_digest,
+        "source_digest": manifest.source_digest,
+        "codec": manifest.codec,
+        "tied": manifest.tied,
+        "total_bytes": manifest.total_bytes,
+        "stored_bytes": manifest.stored_bytes,
+        "partitions": [
+            {
+                "part_id": partition.part_id,
+                "manifest": partition.manifest_file,
+                "manifest_sha256": partition.manifest_sha256,
+                "payload": partition.payload_file,
+                "payload_bytes": partition.payload_bytes,
+                "total_params": partition.total_params,
+                "total_bytes": partition.total_bytes,
+                "stored_bytes": partition.stored_bytes,
+            }
+            for partition in manifest.partitions
+        ],
+        "files": [{"name": f.name, "bytes": f.size_bytes, "sha256": f.sha256} for f in manifest.files],
+        "source": {
+            "index": None
+            if manifest.weights_index is None
+            else {"name": manifest.weights_index[0], **_kept_json(manifest.weights_index[1])},
+            "shards": [
+                {"name": s.name, "bytes": s.size_bytes, "sha256": s.sha256, "header": _kept_json(s.header)}
+                for s in manifest.shards
+            ],
+        },
+    }
+
+
+def _kept_json(kept: KeptBytes) -> dict[str, object]:
+    return {"bytes": kept.size_bytes, "zstd_base64": base64.b64encode(kept.frame).decode()}
+
+
+def _kept(fields: Fields) -> KeptBytes:
+    try:
+        frame = base64.b64decode(fields.get("zstd_base64", str), validate=True)
+    except ValueError:
+        fields.fail("kept bytes are not base64")
+    return KeptBytes(fields.count("bytes"), frame)
+
+
+def _index(fields: Fields) -> tuple[str, KeptBytes]:
+    return fields.plain_name("name"), _kept(fields)
+
+
+def _canonical(values: object) -> bytes:
+    return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()

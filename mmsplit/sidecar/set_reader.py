@@ -1,0 +1,54 @@
+"""Finding and reading the set manifest, and what a path given by a person stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from mmsplit.errors import FormatError, IntegrityError
+from mmsplit.sidecar.output_directory import STATE_NAME
+from mmsplit.sidecar.partition_reader import MAX_MANIFEST_BYTES
+from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest, parse_set_manifest
+
+
+class SetPath(NamedTuple):
+    """A directory that holds partitions; `only` is the manifest of the one partition the path named, if it did."""
+
+    root: Path
+    only: Path | None
+
+
+def resolve_set_path(path: Path) -> SetPath:
+    """Decide whether `path` names a set (a directory, its set manifest) or one partition (manifest or payload)."""
+    if path.is_dir():
+        return SetPath(path, None)
+    if not path.exists():
+        raise FormatError("no such file or directory", path=path, hint="Give the directory of a partition set.")
+    if path.name == SET_MANIFEST_NAME:
+        return SetPath(path.parent, None)
+    if path.suffix in (".json", ".bin"):
+        return SetPath(path.parent, path.with_suffix(".json"))
+    raise FormatError(
+        "neither a partition set nor a partition", path=path, hint="Give a directory or a partition_K.json."
+    )
+
+
+def read_set_manifest(root: Path) -> SetManifest:
+    """Read the set manifest in `root`.  Raises `FormatError` where there is none, saying why if it can be told."""
+    path = root / SET_MANIFEST_NAME
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise IntegrityError("set manifest is too large", path=path, found=path.stat().st_size)
+        return parse_set_manifest(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        if (root / STATE_NAME).exists():
+            raise FormatError(
+                "the split into this directory is not finished",
+                path=root,
+                hint="Run the same split again with --resume.",
+            ) from None
+        raise FormatError(
+            f"no partition set here: {SET_MANIFEST_NAME} is missing",
+            path=root,
+            hint="Give the directory that mmsplit split wrote.",
+        ) from None

@@ -1,0 +1,72 @@
+"""Encodes one slot: source bytes in, a page-aligned block and its index records out."""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from mmsplit.checkpoint import ReaderPool, Scratch, aligned_buffer
+from mmsplit.codec import ChunkEncoder, CodecName
+from mmsplit.sidecar.chunk_index import ChunkIndex, empty_index
+from mmsplit.sidecar.layout import CHUNK_ALIGNMENT, CHUNK_BYTES, SLOT_ALIGNMENT, SLOT_BYTES, Slot, aligned
+
+
+class EncodedSlot(NamedTuple):
+    """A slot ready to be written.  `block` is valid until the encoder's next slot; `stored_bytes` leaves out its
+    padding; offsets in `records` count from the slot's start.
+    """
+
+    block: memoryview
+    stored_bytes: int
+    records: ChunkIndex
+
+
+class SlotEncoder:
+    """Encodes slots one after the other into a block of its own; one per thread.
+
+    `permits` bounds how many encode at once; reading ahead of it and writing after it need no permit.
+    """
+
+    def __init__(self, readers: ReaderPool, codec: CodecName, permits: threading.Semaphore) -> None:
+        self._readers = readers
+        self._permits = permits
+        self._encoder = ChunkEncoder(codec, CHUNK_BYTES)
+        self._block = memoryview(aligned_buffer(SLOT_BYTES))
+        self._bytes = np.frombuffer(self._block, np.uint8)
+        self._scratch = Scratch()
+
+    def encode(self, slot: Slot) -> EncodedSlot:
+        """Read and encode a slot.  Raises `SourceChangedError` if its bytes can no longer be read."""
+        records = empty_index(len(slot.chunks))
+        position = 0
+        for number, chunk in enumerate(slot.chunks):
+            begin = aligned(position, CHUNK_ALIGNMENT)
+            self._bytes[position:begin] = 0
+            start = chunk.tensor.start_offset + chunk.start
+            room = self._block[begin : begin + chunk.raw_bytes]
+            with (
+                self._readers.lend(chunk.tensor.shard) as reader,
+                reader.borrow(start, start + chunk.raw_bytes, self._scratch) as raw,
+                self._permits,
+            ):
+                raw_xxh3 = xxhash.xxh3_64_intdigest(raw)
+                encoded = self._encoder.encode(raw, chunk.tensor.dtype, room)
+                stored_xxh3 = xxhash.xxh3_64_intdigest(room[: encoded.stored_bytes])
+            records[number] = (
+                begin,
+                encoded.stored_bytes,
+                chunk.raw_bytes,
+                stored_xxh3,
+                raw_xxh3,
+                chunk.tensor_index,
+                encoded.codec,
+                encoded.layout,
+                0,
+            )
+            position = begin + encoded.stored_bytes
+        stop = aligned(position, SLOT_ALIGNMENT)
+        self._bytes[position:stop] = 0
+        return EncodedSlot(self._block[:stop], position, records)
