@@ -1,0 +1,100 @@
+"""mmsplit: split model checkpoints larger than RAM by layer into verified partitions, and merge them back.
+
+    plan(source, num_parts)              who would get what, from headers alone
+    split(source, output, num_parts)     stream it into partition_K.json + partition_K.bin
+    verify(path)                         find every byte that is not as it was written
+    merge(path, output)                  the original shards again, byte for byte
+    open_partition(path)                 a mapping of tensor names to numpy arrays
+    open_set(path), open_checkpoint(path), inspect(path)
+
+Names are imported when they are first used, so that `import mmsplit` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmsplit.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+    from mmsplit.errors import (
+        CheckpointError,
+        FormatError,
+        HeaderError,
+        IndexMismatchError,
+        IntegrityError,
+        MissingExtraError,
+        MissingPartitionError,
+        MissingShardError,
+        MmsplitError,
+        NetworkError,
+        NoSpaceError,
+        OutputError,
+        OutputExistsError,
+        OutputLockedError,
+        PlanError,
+        RequestError,
+        SourceChangedError,
+    )
+    from mmsplit.layers import Layer, LayerMap, build_layer_map
+    from mmsplit.planning import Plan
+    from mmsplit.verbs.inspect import inspect
+    from mmsplit.verbs.load import Partition, PartitionSet, open_partition, open_set
+    from mmsplit.verbs.merge import MergeResult, merge
+    from mmsplit.verbs.plan import plan
+    from mmsplit.verbs.split import SplitResult, split
+    from mmsplit.verbs.verify import VerifyResult, verify
+    from mmsplit.workers import Progress
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "mmsplit.checkpoint": ("Checkpoint", "TensorInfo", "open_checkpoint"),
+    "mmsplit.errors": (
+        "CheckpointError",
+        "FormatError",
+        "HeaderError",
+        "IndexMismatchError",
+        "IntegrityError",
+        "MissingExtraError",
+        "MissingPartitionError",
+        "MissingShardError",
+        "MmsplitError",
+        "NetworkError",
+        "NoSpaceError",
+        "OutputError",
+        "OutputExistsError",
+        "OutputLockedError",
+        "PlanError",
+        "RequestError",
+        "SourceChangedError",
+    ),
+    "mmsplit.layers": ("Layer", "LayerMap", "build_layer_map"),
+    "mmsplit.planning": ("Plan",),
+    "mmsplit.verbs.inspect": ("inspect",),
+    "mmsplit.verbs.load": ("Partition", "PartitionSet", "open_partition", "open_set"),
+    "mmsplit.verbs.merge": ("MergeResult", "merge"),
+    "mmsplit.verbs.plan": ("plan",),
+    "mmsplit.verbs.split": ("SplitResult", "split"),
+    "mmsplit.verbs.verify": ("VerifyResult", "verify"),
+    "mmsplit.workers": ("Progress",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "__version__",
+    *sorted(_HOME_OF),
+]
+
+
+def __getattr__(name: str) -> object:
+    module = _HOME_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'mmsplit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

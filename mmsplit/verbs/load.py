@@ -1,0 +1,330 @@
+"""`open_partition` and `open_set`: tensors out of partitions, one at a time, as numpy arrays of their true dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from mmsplit.checkpoint import Scratch
+from mmsplit.codec import RAW, ChunkDecoder
+from mmsplit.dtypes import DTYPES
+from mmsplit.errors import IntegrityError, MissingPartitionError, RequestError
+from mmsplit.sidecar.layout import CHUNK_BYTES
+from mmsplit.sidecar.manifest import LayerEntry, TensorEntry
+from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files, require_partition
+from mmsplit.sidecar.set_manifest import SetManifest
+from mmsplit.sidecar.set_reader import read_set_manifest, resolve_set_path
+from mmsplit.workers import JobStream, WorkerGroup, default_threads
+
+Array = NDArray[Any]
+
+
+class _Chunk(NamedTuple):
+    number: int
+    out: memoryview
+
+
+class Partition(Mapping[str, Array]):
+    """One partition as a mapping from tensor name to array.
+
+    A tensor that was stored raw is a read-only view of the memory map and costs nothing until it is touched; any
+    other is decoded into memory of its own.  Dtypes that numpy lacks come from ml_dtypes (bf16, fp8); packed
+    dtypes below one byte and unknown ones come as a flat array of uint8.  A tied weight answers to its alias
+    (`lm_head.weight`), too, where the partition has a copy of it.  Several threads may read at once.
+
+    Close it, or use it in a `with` block; views stay valid as long as they live, closed or not.
+    """
+
+    def __init__(self, files: OpenPartition, *, verify: bool, threads: int) -> None:
+        self._files = files
+        self._verify = verify
+        self._threads = threads
+        self._entries = {tensor.name: tensor for tensor in files.tensors}
+        self._aliases = {
+            layer.alias: layer.tensors[0].name
+            for layer in files.manifest.layers
+            if layer.alias is not None and layer.tensors[0].name in self._entries
+        }
+
+    @property
+    def part_id(self) -> int:
+        """Number of this partition, from 0."""
+        return self._files.manifest.part_id
+
+    @property
+    def num_parts(self) -> int:
+        """Number of partitions in its set."""
+        return self._files.manifest.num_parts
+
+    @property
+    def model_id(self) -> str:
+        """Which model this is a part of."""
+        return self._files.manifest.model_id
+
+    @property
+    def layers(self) -> tuple[LayerEntry, ...]:
+        """The layers in forward order, with their tensors' entries."""
+        return self._files.manifest.layers
+
+    @property
+    def total_params(self) -> int:
+        """Number of elements stored."""
+        return self._files.manifest.total_params
+
+    @property
+    def total_bytes(self) -> int:
+        """Raw bytes stored."""
+        return self._files.manifest.total_bytes
+
+    def entry(self, name: str) -> TensorEntry:
+        """Return dtype, shape, size and checksum of a tensor; raises `KeyError`."""
+        return self._entries[self._aliases.get(name, name)]
+
+    def __getitem__(self, name: str) -> Array:
+        entry = self.entry(name)
+        view = self._view(entry)
+        if view is None:
+            data = np.empty(entry.size_bytes, np.uint8)
+            self._decode(entry, data.data, self._verify)
+            view = data
+        return _typed(view, entry)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries or name in self._aliases
+
+    def read_into(self, name: str, buffer: Any, *, verify: bool | None = None) -> Array:
+        """Read a tensor into a writable, contiguous buffer of exactly its size, which the caller owns.
+
+        Returns the buffer as an array of the tensor's dtype and shape.  `verify` overrides the mapping's own.
+        """
+        entry = self.entry(name)
+        with memoryview(buffer) as whole:
+            if whole.readonly or not whole.c_contiguous or whole.nbytes != entry.size_bytes:
+                raise RequestError(
+                    "buffer does not fit the tensor",
+                    tensor=name,
+                    expected=f"{entry.size_bytes:,} writable bytes in one piece",
+                    found=f"{whole.nbytes:,} bytes, {'read-only' if whole.readonly else 'writable'}",
+                )
+            out = whole.cast("B") if entry.size_bytes else memoryview(bytearray())
+            self._decode(entry, out, self._verify if verify is None else verify)
+        return _typed(np.frombuffer(buffer, np.uint8), entry)
+
+    def layer(self, name: str) -> dict[str, Array]:
+        """Return the tensors of one layer; a layer that only refers to another partition raises."""
+        for layer in self.layers:
+            if layer.name == name:
+                if not layer.stored and layer.tied_to != self.part_id:
+                    raise MissingPartitionError(
+                        f"layer is not stored here; its weight is in partition {layer.tied_to}",
+                        path=self._files.path,
+                        tensor=layer.tensors[0].name,
+                    )
+                return {tensor.name: self[tensor.name] for tensor in layer.tensors}
+        raise KeyError(name)
+
+    def iter_layers(self) -> Iterator[tuple[LayerEntry, dict[str, Array]]]:
+        """Yield each stored layer with its tensors, in forward order; only one layer is in memory at a time."""
+        for layer in self.layers:
+            if layer.stored:
+                yield layer, self.layer(layer.name)
+
+    def close(self) -> None:
+        """Let go of the files.  Views that were handed out stay valid."""
+        self._files.close()
+
+    def __enter__(self) -> Partition:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Partition {self.part_id} of {self.num_parts} of {self.model_id}: {len(self)} tensors>"
+
+    def _view(self, entry: TensorEntry) -> NDArray[np.uint8] | None:
+        """Return a tensor's bytes where they lie, if they lie there raw and in one piece."""
+        rows = self._files.index[entry.first_chunk : entry.first_chunk + entry.chunk_count]
+        if len(rows) == 0:
+            return np.empty(0, np.uint8)
+        start = int(rows["stored_offset"][0])
+        stop = int(rows["stored_offset"][-1]) + int(rows["stored_bytes"][-1])
+        if (rows["codec"] != RAW).any() or stop - start != entry.size_bytes:
+            return None
+        view = self._files.reader.view_of_map(start, stop)
+        if view is None:
+            return None
+        data = np.frombuffer(view, np.uint8)
+        if self._verify:
+            for number in range(entry.chunk_count):
+                piece = data[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
+                self._require(xxhash.xxh3_64_intdigest(piece.data), entry, entry.first_chunk + number)
+        return data
+
+    def _decode(self, entry: TensorEntry, out: memoryview, verify: bool) -> None:
+        chunks = (
+            _Chunk(entry.first_chunk + number, out[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES])
+            for number in range(entry.chunk_count)
+        )
+
+        def make_worker() -> Callable[[_Chunk], None]:
+            decoder, scratch = ChunkDecoder(), Scratch()
+            return lambda chunk: self._decode_chunk(chunk, entry, decoder, scratch, verify)
+
+        threads = min(self._threads, entry.chunk_count)
+        if threads <= 1:
+            work = make_worker()
+            for chunk in chunks:
+                work(chunk)
+            return
+        group = WorkerGroup()
+        group.start_many("load", threads, JobStream(chunks), make_worker)
+        group.join()
+
+    def _decode_chunk(
+        self, chunk: _Chunk, entry: TensorEntry, decoder: ChunkDecoder, scratch: Scratch, verify: bool
+    ) -> None:
+        start, stop, encoded = self._files.encoded(chunk.number)
+        try:
+            with self._files.reader.borrow(start, stop, scratch) as stored:
+                decoder.decode(stored, encoded, chunk.out)
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"chunk is damaged: {error.what}",
+                path=self._files.reader.path,
+                tensor=entry.name,
+                offset=start,
+            ) from error
+        if verify:
+            self._require(xxhash.xxh3_64_intdigest(chunk.out), entry, chunk.number)
+
+    def _require(self, found: int, entry: TensorEntry, chunk: int) -> None:
+        expected = int(self._files.index[chunk]["raw_xxh3"])
+        if found != expected:
+            raise IntegrityError(
+                "bytes are not those that were split",
+                path=self._files.reader.path,
+                tensor=entry.name,
+                offset=self._files.encoded(chunk)[0],
+                expected=f"xxh3 {expected:016x}",
+                found=f"xxh3 {found:016x}",
+                hint="Verify the set to see all damage: mmsplit verify " + str(self._files.path.parent),
+            )
+
+
+class PartitionSet(Mapping[str, Array]):
+    """All partitions of a set that are in its directory, as one mapping from tensor name to array.
+
+    Partitions are opened at first use; `missing` are the ids of those that are not there.
+    """
+
+    def __init__(self, root: Path, manifest: SetManifest, *, verify: bool, threads: int | None) -> None:
+        self.path = root
+        self.manifest = manifest
+        self._verify = verify
+        self._threads = threads
+        self._open: dict[int, Partition] = {}
+        self._home: dict[str, int] | None = None
+
+    @property
+    def num_parts(self) -> int:
+        """Number of partitions in the set, missing ones included."""
+        return len(self.manifest.partitions)
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Ids of partitions whose files are not in the directory."""
+        return tuple(
+            entry.part_id
+            for entry in self.manifest.partitions
+            if not ((self.path / entry.manifest_file).is_file() and (self.path / entry.payload_file).is_file())
+        )
+
+    def partition(self, part_id: int) -> Partition:
+        """Return one partition; the set closes it.  Raises `MissingPartitionError` or `RequestError`."""
+        if not 0 <= part_id < self.num_parts:
+            raise RequestError(
+                f"there is no partition {part_id}", path=self.path, expected=f"0 to {self.num_parts - 1}"
+            )
+        if part_id not in self._open:
+            require_partition(self.path, part_id)
+            manifest = self.path / self.manifest.partitions[part_id].manifest_file
+            self._open[part_id] = open_partition(manifest, verify=self._verify, threads=self._threads)
+        return self._open[part_id]
+
+    def _homes(self) -> dict[str, int]:
+        if self._home is None:
+            self._home = {}
+            for entry in self.manifest.partitions:
+                if entry.part_id not in self.missing:
+                    for name in self.partition(entry.part_id):
+                        self._home.setdefault(name, entry.part_id)
+        return self._home
+
+    def __getitem__(self, name: str) -> Array:
+        return self.partition(self._homes()[name])[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._homes())
+
+    def __len__(self) -> int:
+        return len(self._homes())
+
+    def close(self) -> None:
+        """Close every partition that was opened."""
+        for partition in self._open.values():
+            partition.close()
+        self._open.clear()
+
+    def __enter__(self) -> PartitionSet:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def open_partition(path: str | Path, *, verify: bool = True, threads: int | None = None) -> Partition:
+    """Open one partition by its manifest or payload.
+
+    With `verify` (the default) every tensor's checksum is compared when it is read, also that of a view.
+    `threads` decode one large tensor together (default: all processors).  Raises `FormatError`, `IntegrityError`.
+    """
+    resolved = resolve_set_path(Path(path))
+    if resolved.only is None:
+        raise RequestError(
+            "this is a directory; name one partition in it, or use open_set",
+            path=path,
+            hint="For example: " + str(resolved.root / "partition_0.json"),
+        )
+    # Views outlive any call, so the file is mapped plainly: as with every loader, do not truncate it meanwhile.
+    files = open_partition_files(resolved.only, "mmap")
+    return Partition(files, verify=verify, threads=threads or default_threads())
+
+
+def open_set(path: str | Path, *, verify: bool = True, threads: int | None = None) -> PartitionSet:
+    """Open a partition set by its directory or set manifest; the arguments are those of `open_partition`."""
+    root, _ = resolve_set_path(Path(path))
+    return PartitionSet(root, read_set_manifest(root), verify=verify, threads=threads)
+
+
+def _typed(data: NDArray[np.uint8], entry: TensorEntry) -> Array:
+    known = DTYPES.get(entry.dtype)
+    if known is None or known.numpy_name is None:
+        return data
+    dtype = getattr(np, known.numpy_name, None) if known.numpy_name != "bool" else np.bool_
+    if dtype is None:
+        import ml_dtypes
+
+        dtype = getattr(ml_dtypes, known.numpy_name)
+    return data.view(dtype).reshape(entry.shape)

@@ -1,0 +1,387 @@
+"""`verify`: find every byte that is not as it was written, and say where it is."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final, Literal, NamedTuple, get_args
+
+import xxhash
+
+from mmsplit.checkpoint import Checkpoint, IoMode, ReaderPool, Scratch, open_checkpoint
+from mmsplit.codec import ChunkDecoder
+from mmsplit.errors import FormatError, IntegrityError, MmsplitError, RequestError
+from mmsplit.sidecar.layout import CHUNK_BYTES, DATA_START
+from mmsplit.sidecar.manifest import TensorEntry
+from mmsplit.sidecar.output_directory import STATE_NAME
+from mmsplit.sidecar.partition_reader import Fault, OpenPartition, Report, read_partition_files
+from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, FileEntry, PartitionEntry, SetManifest
+from mmsplit.sidecar.set_reader import read_set_manifest, resolve_set_path
+from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup, default_threads
+
+#: quick: structure and sizes.  stored: and the checksum of every stored byte.  full: and decode it all.
+Level = Literal["quick", "stored", "full"]
+
+#: Payload bytes that a thread takes at once.
+_RANGE_BYTES: Final = 8 << 20
+_EXTRA_THREADS: Final = 1
+
+
+class VerifyResult(NamedTuple):
+    """What a verification found; `ok` says that everything looked at is as it was written.
+
+    `problems` are in file order.  `checked_bytes` counts payload bytes that were read.
+    """
+
+    ok: bool
+    level: Level
+    problems: tuple[Fault, ...]
+    partition_count: int
+    checked_bytes: int
+
+    def as_json(self) -> dict[str, object]:
+        """Return what `verify --json` shows."""
+        return {
+            "ok": self.ok,
+            "level": self.level,
+            "problems": [fault._asdict() for fault in self.problems],
+            "partitions": self.partition_count,
+            "checked_bytes": self.checked_bytes,
+        }
+
+
+class _Range(NamedTuple):
+    """Payload bytes [start, stop) of a partition, padding included, which hold chunks [first, last)."""
+
+    partition: OpenPartition
+    first: int
+    last: int
+    start: int
+    stop: int
+
+
+def verify(
+    path: str | Path,
+    *,
+    level: Level = "stored",
+    against: str | Path | Checkpoint | None = None,
+    threads: int | None = None,
+    io: IoMode = "auto",
+    progress: ProgressCallback | None = None,
+) -> VerifyResult:
+    """Verify a partition set (its directory) or one partition (its manifest or payload).
+
+    All damage is reported, not just the first.  With `against`, the checkpoint there is compared with what the
+    partitions say of it: header bytes, and the checksum of every tensor.  Raises `FormatError` if there is
+    nothing to verify or its version is not known here; damage is a result, not an error.
+    """
+    if level not in get_args(Level):
+        raise RequestError(f"no such level: {level!r}", hint=f"Possible are {', '.join(get_args(Level))}.")
+    root, only = resolve_set_path(Path(path))
+    faults = _Faults()
+    manifest = _set_manifest(root, only, faults.add)
+    entries = _partition_manifests(root, only, manifest)
+    source = open_checkpoint(against) if isinstance(against, str | Path) else against
+    partitions: list[OpenPartition] = []
+    try:
+        for entry_path, entry in entries:
+            partition = _open(entry_path, entry, io, faults.add)
+            if partition is not None:
+                partitions.append(partition)
+        if manifest is not None and only is None:
+            _verify_small_files(root, manifest.files, level, faults.add)
+        checked = 0
+        if level != "quick":
+            checked = _verify_chunks(partitions, level, threads or default_threads(), faults.add, progress)
+        if source is not None:
+            _verify_against(partitions, manifest, source, threads or default_threads(), io, faults.add, progress)
+    finally:
+        for partition in partitions:
+            partition.close()
+    problems = faults.in_order()
+    return VerifyResult(not problems, level, problems, len(entries), checked)
+
+
+class _Faults:
+    """Collects faults from all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._faults: list[Fault] = []
+
+    def add(self, fault: Fault) -> None:
+        with self._lock:
+            self._faults.append(fault)
+
+    def in_order(self) -> tuple[Fault, ...]:
+        return tuple(sorted(self._faults, key=lambda fault: (fault.file, fault.start or 0, fault.what)))
+
+
+def _set_manifest(root: Path, only: Path | None, report: Report) -> SetManifest | None:
+    if only is not None:
+        return None
+    try:
+        manifest = read_set_manifest(root)
+    except IntegrityError as error:
+        report(Fault(str(root / SET_MANIFEST_NAME), error.what))
+        return None
+    except FormatError:
+        # Without a set manifest its partitions may still be worth a look; without those there is nothing.
+        if (root / SET_MANIFEST_NAME).exists() or (root / STATE_NAME).exists() or not _manifests_in(root):
+            raise
+        report(Fault(str(root / SET_MANIFEST_NAME), "set manifest is missing"))
+        return None
+    return manifest
+
+
+def _manifests_in(root: Path) -> list[Path]:
+    stems = {
+        path.stem
+        for path in root.glob("partition_*")
+        if path.suffix in (".json", ".bin") and path.stem.removeprefix("partition_").isdecimal()
+    }
+    return sorted((root / f"{stem}.json" for stem in stems), key=lambda path: (len(path.name), path.name))
+
+
+def _partition_manifests(
+    root: Path, only: Path | None, manifest: SetManifest | None
+) -> list[tuple[Path, PartitionEntry | None]]:
+    if only is not None:
+        return [(only, None)]
+    if manifest is None:
+        return [(path, None) for path in _manifests_in(root)]
+    return [(root / entry.manifest_file, entry) for entry in manifest.partitions]
+
+
+def _open(path: Path, entry: PartitionEntry | None, io: IoMode, report: Report) -> OpenPartition | None:
+    """Open a partition, report what is wrong with its structure, and hold it to its entry in the set manifest."""
+    part_id = None if entry is None else entry.part_id
+
+    def report_here(fault: Fault) -> None:
+        report(fault if fault.partition is not None else fault._replace(partition=part_id))
+
+    try:
+        partition = read_partition_files(path, report_here, io)
+    except IntegrityError as error:
+        report_here(Fault(error.path or str(path), error.what, error.offset))
+        return None
+    except OSError as error:
+        report_here(Fault(str(path), f"cannot be read: {error.strerror}"))
+        return None
+    if entry is not None:
+        if path.is_file() and f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" != entry.manifest_sha256:
+            report_here(Fault(str(path), "manifest is not the one the set was made with", 0, path.stat().st_size))
+        payload = path.parent / entry.payload_file
+        if payload.is_file() and payload.stat().st_size != entry.payload_bytes:
+            found = payload.stat().st_size
+            what = f"payload has another size: expected {entry.payload_bytes:,} bytes, found {found:,}"
+            report_here(Fault(str(payload), what, min(found, entry.payload_bytes), max(found, entry.payload_bytes)))
+    return partition
+
+
+def _verify_small_files(root: Path, files: Sequence[FileEntry], level: Level, report: Report) -> None:
+    for entry in files:
+        path = root / entry.name
+        if not path.is_file():
+            report(Fault(str(path), "file of the model is missing"))
+        elif path.stat().st_size != entry.size_bytes:
+            report(Fault(str(path), f"file of the model has another size: expected {entry.size_bytes:,} bytes"))
+        elif level != "quick" and f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" != entry.sha256:
+            report(Fault(str(path), "file of the model is not as it was written", 0, entry.size_bytes))
+
+
+def _iter_ranges(partitions: Sequence[OpenPartition]) -> Iterator[_Range]:
+    for partition in partitions:
+        offsets = partition.index["stored_offset"].tolist()
+        bounds = [*offsets, partition.manifest.data_stop]
+        first, start = 0, DATA_START
+        for last in range(1, len(offsets) + 1):
+            if bounds[last] - start >= _RANGE_BYTES or last == len(offsets):
+                yield _Range(partition, first, last, start, bounds[last])
+                first, start = last, bounds[last]
+
+
+def _verify_chunks(
+    partitions: Sequence[OpenPartition],
+    level: Level,
+    threads: int,
+    report: Report,
+    progress: ProgressCallback | None,
+) -> int:
+    total = sum(partition.manifest.data_stop - DATA_START for partition in partitions)
+    counter = ProgressCounter("verify", total, progress)
+    group = WorkerGroup()
+
+    def make_worker() -> Callable[[_Range], None]:
+        scratch = Scratch()
+        decode = _Decode() if level == "full" else None
+
+        def work(job: _Range) -> None:
+            _verify_range(job, scratch, decode, report)
+            counter.add(job.stop - job.start)
+
+        return work
+
+    group.start_many("verify", threads + _EXTRA_THREADS, JobStream(_iter_ranges(partitions)), make_worker)
+    group.join()
+    return total
+
+
+class _Decode:
+    """Decodes a chunk and returns the checksum of its raw bytes."""
+
+    def __init__(self) -> None:
+        self._decoder = ChunkDecoder()
+        self._scratch = Scratch()
+
+    def raw_xxh3(self, stored: memoryview, partition: OpenPartition, chunk: int) -> int:
+        out = self._scratch.take(int(partition.index[chunk]["raw_bytes"]))
+        self._decoder.decode(stored, partition.encoded(chunk)[2], out)
+        return xxhash.xxh3_64_intdigest(out)
+
+
+def _verify_range(job: _Range, scratch: Scratch, decode: _Decode | None, report: Report) -> None:
+    partition, reader = job.partition, job.partition.reader
+    reader.will_need(job.stop, job.stop + 2 * _RANGE_BYTES)
+    try:
+        with reader.borrow(job.start, job.stop, scratch) as view:
+            position = 0
+            for chunk in range(job.first, job.last):
+                record = partition.index[chunk]
+                begin = int(record["stored_offset"]) - job.start
+                end = begin + int(record["stored_bytes"])
+                _verify_padding(view[position:begin], job.start + position, job, report)
+                stored = view[begin:end]
+                what = None
+                if xxhash.xxh3_64_intdigest(stored) != int(record["stored_xxh3"]):
+                    what = "stored bytes are damaged"
+                elif decode is not None:
+                    try:
+                        if decode.raw_xxh3(stored, partition, chunk) != int(record["raw_xxh3"]):
+                            what = "decoded bytes are not those that were split"
+                    except IntegrityError as error:
+                        what = f"cannot be decoded: {error.what}"
+                if what is not None:
+                    report(_chunk_fault(partition, chunk, what))
+                stored.release()
+                position = end
+            _verify_padding(view[position:], job.start + position, job, report)
+    except MmsplitError as error:
+        part_id = partition.manifest.part_id
+        report(Fault(str(reader.path), error.what, job.start, job.stop, part_id))
+
+
+def _verify_padding(padding: memoryview, start: int, job: _Range, report: Report) -> None:
+    if any(padding):
+        part_id = job.partition.manifest.part_id
+        what = "padding is not zero"
+        report(Fault(str(job.partition.reader.path), what, start, start + len(padding), part_id))
+    padding.release()
+
+
+def _chunk_fault(partition: OpenPartition, chunk: int, what: str) -> Fault:
+    start, stop, _ = partition.encoded(chunk)
+    tensor = partition.tensors[int(partition.index[chunk]["tensor"])]
+    layer = next(
+        (layer.name for layer in partition.manifest.layers if layer.stored and layer.start <= start < layer.stop),
+        None,
+    )
+    return Fault(str(partition.reader.path), what, start, stop, partition.manifest.part_id, layer, tensor.name)
+
+
+class _SourceChunk(NamedTuple):
+    """Bytes [start, stop) of a source shard, and the checksum that the partition recorded for them."""
+
+    partition: OpenPartition
+    tensor: TensorEntry
+    start: int
+    stop: int
+    raw_xxh3: int
+
+
+def _verify_against(
+    partitions: Sequence[OpenPartition],
+    manifest: SetManifest | None,
+    source: Checkpoint,
+    threads: int,
+    io: IoMode,
+    report: Report,
+    progress: ProgressCallback | None,
+) -> None:
+    if manifest is not None:
+        _compare_headers(manifest, source, report)
+    total = sum(partition.manifest.total_bytes for partition in partitions)
+    counter = ProgressCounter("verify against source", total, progress)
+    group = WorkerGroup()
+    with ReaderPool(source, io) as readers:
+
+        def make_worker() -> Callable[[_SourceChunk], None]:
+            scratch = Scratch()
+
+            def work(job: _SourceChunk) -> None:
+                with readers.lend(job.tensor.shard) as reader:
+                    reader.will_need(job.stop, job.stop + 4 * CHUNK_BYTES)
+                    with reader.borrow(job.start, job.stop, scratch) as view:
+                        same = xxhash.xxh3_64_intdigest(view) == job.raw_xxh3
+                if not same:
+                    file, part_id = str(reader.path), job.partition.manifest.part_id
+                    what = "source bytes are not those that were split"
+                    report(Fault(file, what, job.start, job.stop, part_id, None, job.tensor.name))
+                counter.add(job.stop - job.start)
+
+            return work
+
+        chunks = JobStream(_iter_source_chunks(partitions, source, report))
+        group.start_many("compare", threads + _EXTRA_THREADS, chunks, make_worker)
+        group.join()
+
+
+def _compare_headers(manifest: SetManifest, source: Checkpoint, report: Report) -> None:
+    shards = {shard.name: shard for shard in source.shards}
+    for entry in manifest.shards:
+        shard = shards.pop(entry.name, None)
+        if shard is None:
+            report(Fault(str(source.root / entry.name), "source shard is missing"))
+            continue
+        if shard.size_bytes != entry.size_bytes:
+            what = f"source shard has another size: expected {entry.size_bytes:,} bytes, found {shard.size_bytes:,}"
+            report(Fault(str(shard.path), what, 0, shard.size_bytes))
+        elif source.read_header(entry.name) != entry.header.data(entry.name):
+            report(Fault(str(shard.path), "source header is not the one that was split", 0, shard.header_bytes))
+    for shard in shards.values():
+        report(Fault(str(shard.path), "source shard is not part of the set"))
+
+
+def _iter_source_chunks(
+    partitions: Sequence[OpenPartition], source: Checkpoint, report: Report
+) -> Iterator[_SourceChunk]:
+    for partition in partitions:
+        for tensor in partition.tensors:
+            there = source.tensors.get(tensor.name)
+            place = (tensor.shard, tensor.source_start, tensor.source_stop, tensor.dtype, tensor.shape)
+            if there is None or place != (
+                there.shard,
+                there.start_offset,
+                there.stop_offset,
+                there.dtype,
+                there.shape,
+            ):
+                what = "tensor is missing in the source" if there is None else "source has the tensor in another form"
+                report(
+                    Fault(
+                        str(source.root / tensor.shard),
+                        what,
+                        tensor.source_start,
+                        tensor.source_stop,
+                        partition.manifest.part_id,
+                        None,
+                        tensor.name,
+                    )
+                )
+                continue
+            for number in range(tensor.chunk_count):
+                record = partition.index[tensor.first_chunk + number]
+                start = tensor.source_start + number * CHUNK_BYTES
+                yield _SourceChunk(partition, tensor, start, start + int(record["raw_bytes"]), int(record["raw_xxh3"]))
