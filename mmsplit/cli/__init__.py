@@ -1,0 +1,54 @@
+"""The command line: each command parses, makes one API call, prints.  The only room that prints.
+
+stdout carries the result, stderr progress and messages.  Exit codes are those of `mmsplit.errors`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit code; prints errors, raises only with --debug."""
+    import click
+
+    from mmsplit.cli.app import app
+    from mmsplit.errors import MmsplitError
+
+    debug = "--debug" in arguments
+    try:
+        result = app.main(list(arguments), prog_name="mmsplit", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("mmsplit: interrupted; what is finished stays, and --resume goes on from there", err=True)
+        return 130
+    except MmsplitError as error:
+        if debug:
+            raise
+        click.echo(f"mmsplit: error: {error}", err=True)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output has gone; give Python nothing to complain about at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        click.echo(
+            f"mmsplit: internal error: {type(error).__name__}: {error}. Run again with --debug for the traceback.",
+            err=True,
+        )
+        return 1

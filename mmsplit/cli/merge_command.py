@@ -1,0 +1,34 @@
+"""`mmsplit merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mmsplit.checkpoint import IoMode
+from mmsplit.cli.options import PATH, json_option, work_options
+from mmsplit.cli.progress import ProgressDisplay
+from mmsplit.cli.render import echo_json, size
+from mmsplit.verbs.merge import merge
+
+
+@click.command("merge")
+@click.argument("path", metavar="SET", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, help="Directory for the checkpoint.")
+@click.option("--resume", is_flag=True, help="Keep shards that are there and right, make the rest.")
+@work_options
+@json_option
+def merge_command(
+    path: Path, output: Path, resume: bool, threads: int | None, io: IoMode, quiet: bool, as_json: bool
+) -> None:
+    """Merge the partition set SET into the original checkpoint, byte for byte."""
+    with ProgressDisplay(quiet) as progress:
+        result = merge(path, output, resume=resume, threads=threads, io=io, progress=progress)
+    if as_json:
+        echo_json(result.as_json())
+        return
+    for shard in result.shards:
+        kept = "  (was there already)" if shard.name in result.kept else ""
+        click.echo(f"{shard.sha256.removeprefix('sha256:')}  {result.path / shard.name}{kept}")
+    click.echo(f"{size(result.total_bytes)} in {len(result.shards)} shard(s), SHA-256 as split", err=True)

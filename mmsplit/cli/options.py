@@ -1,0 +1,97 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+PATH = click.Path(path_type=Path)
+
+
+class NameList(click.ParamType[tuple[str, ...]]):
+    """Text separated by commas."""
+
+    name = "a,b,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Split at commas; an empty item is an error."""
+        if isinstance(value, tuple):
+            return value
+        items = tuple(item.strip() for item in str(value).split(","))
+        if not all(items):
+            self.fail(f"{value!r} has an empty item", param, ctx)
+        return items
+
+
+def planning_options(command: F) -> F:
+    """Add the options that say how to plan."""
+    for option in reversed(
+        (
+            click.option("-n", "--num-parts", type=int, help="Number of partitions."),
+            click.option(
+                "--by",
+                type=click.Choice(["bytes", "params", "layers"]),
+                default="bytes",
+                show_default=True,
+                help="What to balance.",
+            ),
+            click.option("--weights", type=NameList(), help="Relative share of each partition: 3,2,1."),
+            click.option(
+                "--boundaries",
+                type=NameList(),
+                help="First layer of each partition but the first: model.layers.8,…",
+            ),
+            click.option(
+                "--tied",
+                type=click.Choice(["duplicate", "reference", "colocate"]),
+                default="duplicate",
+                show_default=True,
+                help="A tied weight that a later partition needs: give it a copy, refer to the original, or move"
+                " the layers that use it there.",
+            ),
+            unknown_dtypes_option,
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def unknown_dtypes_option(command: F) -> F:
+    """Add --allow-unknown-dtypes."""
+    return click.option(
+        "--allow-unknown-dtypes", is_flag=True, help="Carry dtypes mmsplit does not know as opaque bytes."
+    )(command)
+
+
+def json_option(command: F) -> F:
+    """Add --json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
+
+
+def work_options(command: F) -> F:
+    """Add the options of commands that move bytes."""
+    for option in reversed(
+        (
+            click.option(
+                "-t",
+                "--threads",
+                type=click.IntRange(1, 1024),
+                help="Threads that compute.  [default: processors]",
+            ),
+            click.option(
+                "--io",
+                type=click.Choice(["auto", "mmap", "pread"]),
+                default="auto",
+                show_default=True,
+                help="How to read: auto maps files nobody can truncate meanwhile, and reads the others.",
+            ),
+            click.option("-q", "--quiet", is_flag=True, help="No progress."),
+        )
+    ):
+        command = option(command)
+    return command

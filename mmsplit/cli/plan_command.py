@@ -1,0 +1,71 @@
+"""`mmsplit plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mmsplit.cli.options import PATH, json_option, planning_options
+from mmsplit.cli.render import count, echo_json, layer_range, notes, percent, size, table
+from mmsplit.planning import By, Plan, TiedMode
+from mmsplit.verbs.plan import plan
+
+
+@click.command("plan")
+@click.argument("source", type=PATH)
+@planning_options
+@json_option
+def plan_command(
+    source: Path,
+    num_parts: int | None,
+    by: By,
+    weights: tuple[str, ...] | None,
+    boundaries: tuple[str, ...] | None,
+    tied: TiedMode,
+    allow_unknown_dtypes: bool,
+    as_json: bool,
+) -> None:
+    """Show who would get what, from headers alone; nothing is written."""
+    result = plan(
+        source,
+        num_parts,
+        by=by,
+        weights=weights,
+        boundaries=boundaries,
+        tied=tied,
+        allow_unknown_dtypes=allow_unknown_dtypes,
+    )
+    if as_json:
+        echo_json(result.as_json())
+    else:
+        show_plan(result)
+        notes(result.notes)
+
+
+def show_plan(plan: Plan) -> None:
+    """Print the partitions of a plan and how even they are."""
+    total = sum(part.total_bytes for part in plan.partitions)
+    rows = [
+        (
+            str(part.part_id),
+            layer_range(part.layers),
+            f"{len(part.layers)}",
+            count(part.total_params),
+            size(part.total_bytes),
+            percent(part.total_bytes, total),
+        )
+        for part in plan.partitions
+    ]
+    click.echo(
+        table(
+            ("partition", "layers", "count", "params", "size", "share"),
+            rows,
+            (True, False, True, True, True, True),
+        )
+    )
+    balance = plan.balance
+    click.echo(
+        f"\n  balanced by {balance.by}: partition {balance.bottleneck} is the bottleneck,"
+        f" {100 * balance.excess:.1f} % above a perfect split"
+    )

@@ -1,0 +1,111 @@
+"""Tables and sizes as a person reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Final, Protocol
+
+import click
+
+_UNITS: Final = ("", "k", "M", "G", "T", "P")
+
+
+class LayerLike(Protocol):
+    """What planned layers and layers in a manifest have in common."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def layer_type(self) -> str: ...  # noqa: D102
+    @property
+    def stack(self) -> str | None: ...  # noqa: D102
+    @property
+    def total_params(self) -> int: ...  # noqa: D102
+    @property
+    def total_bytes(self) -> int: ...  # noqa: D102
+
+
+def echo_json(value: object) -> None:
+    """Print a result for programs."""
+    click.echo(json.dumps(value, indent=1))
+
+
+def size(count_bytes: float) -> str:
+    """Return bytes with a decimal unit: 2.47 GB."""
+    return f"{_scaled(count_bytes)}B"
+
+
+def count(number: float) -> str:
+    """Return a count with a decimal unit: 1.24 G."""
+    return _scaled(number).rstrip()
+
+
+def _scaled(number: float) -> str:
+    power = 0
+    while abs(number) >= 999.5 and power < len(_UNITS) - 1:
+        number /= 1000
+        power += 1
+    decimals = 0 if power == 0 or abs(number) >= 99.95 else 1 if abs(number) >= 9.995 else 2
+    digits = f"{number:.{decimals}f}"
+    return f"{digits} {_UNITS[power]}"
+
+
+def percent(part: float, whole: float) -> str:
+    """Return a share: 66.4 %."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[bool]) -> str:
+    """Return aligned columns; numeric ones are set to the right."""
+    lines = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join(
+        "  "
+        + "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def layer_range(layers: Sequence[LayerLike]) -> str:
+    """Return first and last layer: model.embed_tokens … model.layers.7."""
+    if not layers:
+        return "-"
+    return layers[0].name if len(layers) == 1 else f"{layers[0].name} … {layers[-1].name}"
+
+
+def layer_table(layers: Sequence[LayerLike], *, every: bool) -> str:
+    """Return a table of layers; unless `every`, neighbours of one stack and size share a line."""
+    rows = []
+    for group in _groups(layers, every):
+        first, last = group[0], group[-1]
+        name = first.name if len(group) == 1 else f"{first.name} … {last.name.rpartition('.')[2]}"
+        each = "" if len(group) == 1 else f"{len(group)} x "
+        rows.append((name, first.layer_type, f"{each}{count(first.total_params)}", f"{each}{size(first.total_bytes)}"))
+    return table(("layer", "type", "params", "size"), rows, (False, False, True, True))
+
+
+def _groups(layers: Sequence[LayerLike], every: bool) -> list[list[LayerLike]]:
+    groups: list[list[LayerLike]] = []
+    for layer in layers:
+        previous = groups[-1][-1] if groups else None
+        if (
+            not every
+            and previous is not None
+            and layer.stack is not None
+            and (layer.stack, layer.total_params, layer.total_bytes)
+            == (previous.stack, previous.total_params, previous.total_bytes)
+        ):
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    return groups
+
+
+def notes(lines: Iterable[str]) -> None:
+    """Print notes to stderr."""
+    for line in lines:
+        click.echo(f"note: {line}", err=True)

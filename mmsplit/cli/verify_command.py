@@ -1,0 +1,64 @@
+"""`mmsplit verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mmsplit.checkpoint import IoMode
+from mmsplit.cli.options import PATH, json_option, work_options
+from mmsplit.cli.progress import ProgressDisplay
+from mmsplit.cli.render import echo_json, size
+from mmsplit.errors import IntegrityError
+from mmsplit.sidecar.partition_reader import Fault
+from mmsplit.verbs.verify import Level, verify
+
+
+@click.command("verify")
+@click.argument("path", metavar="SET", type=PATH)
+@click.option(
+    "--level",
+    type=click.Choice(["quick", "stored", "full"]),
+    default="stored",
+    show_default=True,
+    help="quick: structure and sizes; stored: every stored byte; full: and decode it all.",
+)
+@click.option("--against", type=PATH, help="A checkpoint to compare the partitions with, byte for byte.")
+@work_options
+@json_option
+def verify_command(
+    path: Path,
+    level: Level,
+    against: Path | None,
+    threads: int | None,
+    io: IoMode,
+    quiet: bool,
+    as_json: bool,
+) -> int:
+    """Verify the partition set SET, or one partition, and report all damage."""
+    with ProgressDisplay(quiet) as progress:
+        result = verify(path, level=level, against=against, threads=threads, io=io, progress=progress)
+    if as_json:
+        echo_json(result.as_json())
+    elif result.ok:
+        click.echo(
+            f"ok: {result.partition_count} partition(s), {size(result.checked_bytes)} read, level {level}"
+            + (f", same as {against}" if against else "")
+        )
+    else:
+        for fault in result.problems:
+            click.echo(_line(fault))
+        click.echo(f"mmsplit: {len(result.problems)} problem(s) found", err=True)
+    return 0 if result.ok else IntegrityError.exit_code
+
+
+def _line(fault: Fault) -> str:
+    where = [fault.file]
+    if fault.layer is not None:
+        where.append(f"layer {fault.layer}")
+    if fault.tensor is not None:
+        where.append(f"tensor {fault.tensor}")
+    if fault.start is not None and fault.stop is not None:
+        where.append(f"bytes {fault.start:,} to {fault.stop:,}")
+    return f"{', '.join(where)}: {fault.what}"
