@@ -23,8 +23,9 @@ def run(arguments: Sequence[str]) -> int:
     from mmsplit.errors import MmsplitError
 
     debug = "--debug" in arguments
+    words = [word for word in arguments if word != "--debug"]  # wherever it stands
     try:
-        result = app.main(list(arguments), prog_name="mmsplit", standalone_mode=False)
+        result = app.main(words, prog_name="mmsplit", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as stop:
@@ -33,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("mmsplit: interrupted; what is finished stays, and --resume goes on from there", err=True)
+        click.echo("mmsplit: interrupted. The same split or merge goes on with --resume.", err=True)
         return 130
     except MmsplitError as error:
         if debug:

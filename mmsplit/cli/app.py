@@ -1,17 +1,24 @@
-"""The commands, put together."""
+"""The commands, put together; each is imported when it is used, so that `--help` answers at once."""
 
 from __future__ import annotations
+
+import importlib
+from typing import Final
 
 import click
 
 from mmsplit import __version__
-from mmsplit.cli.inspect_command import inspect_command
-from mmsplit.cli.merge_command import merge_command
-from mmsplit.cli.plan_command import plan_command
-from mmsplit.cli.split_command import split_command
-from mmsplit.cli.verify_command import verify_command
 
-_EPILOG = """\b
+#: Command -> what it does, in the order of the help page.  `NAME` is `mmsplit.cli.NAME_command.NAME_command`.
+_COMMANDS: Final = {
+    "inspect": "Show what a path holds: checkpoint, partition or partition set.",
+    "plan": "Show who would get what, from headers alone.",
+    "split": "Split a checkpoint into a partition set.",
+    "verify": "Find every byte of a set that is not as it was written.",
+    "merge": "Merge a set into the original checkpoint, byte for byte.",
+}
+
+_EPILOG: Final = """\b
 Exit codes:
   0  done                          5  integrity: bytes are not as they were written
   2  usage, or an impossible plan  6  output: exists, locked, no space, no permission
@@ -21,12 +28,30 @@ Exit codes:
 """
 
 
-@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Commands(click.Group):
+    """A group whose commands are in modules of their own."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"mmsplit.cli.{cmd_name}_command")
+        command: click.Command = getattr(module, f"{cmd_name}_command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(
+    cls=_Commands,
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name="mmsplit")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def app(debug: bool) -> None:
+def app(debug: bool) -> None:  # noqa: ARG001 - read by `mmsplit.cli.run`
     """Split model checkpoints larger than RAM by layer into verified partitions, and merge them back bit for bit."""
-
-
-for _command in (inspect_command, plan_command, split_command, verify_command, merge_command):
-    app.add_command(_command)

@@ -1,0 +1,96 @@
+"""The documents tell the truth: every command they show runs, every command and error is in them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+import mmsplit
+from mmsplit import errors
+from mmsplit.cli.app import app
+from mmsplit.synthetic import write_synthetic_checkpoint
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "docs/usage.md", "docs/python.md")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a checkpoint of the name that the documents use."""
+    directory = tmp_path_factory.mktemp("docs")
+    write_synthetic_checkpoint(directory / "Llama-3.2-1B")
+    return directory
+
+
+def _commands(document: str) -> list[str]:
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    return re.findall(r"^ *\$ (mmsplit .*)$", "\n".join(blocks), re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/usage.md"])
+def test_every_command_shown_runs(document: str, workplace: Path) -> None:
+    """The commands of a document, run one after the other, all succeed."""
+    place = workplace / document.replace("/", "-")
+    place.mkdir()
+    (place / "Llama-3.2-1B").symlink_to(workplace / "Llama-3.2-1B")
+    commands = _commands(document)
+    assert commands
+    for command in commands:
+        words = [sys.executable, "-m", *command.split()]
+        result = subprocess.run(words, cwd=place, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/python.md"])
+def test_python_examples_run(document: str, workplace: Path) -> None:
+    """The Python blocks of a document, run as one program, end without an error."""
+    place = workplace / f"python-{document.replace('/', '-')}"
+    place.mkdir()
+    (place / "Llama-3.2-1B").symlink_to(workplace / "Llama-3.2-1B")
+    program = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL))
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], cwd=place, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_command_is_documented() -> None:
+    """Each command of the CLI is shown in the usage page, and each of its long options has a help text."""
+    usage = (ROOT / "docs/usage.md").read_text()
+    context = click.Context(app)
+    for name in app.list_commands(context):
+        assert f"$ mmsplit {name} " in usage
+        command = app.get_command(context, name)
+        assert command is not None
+        for parameter in command.params:
+            assert not isinstance(parameter, click.Option) or parameter.help
+
+
+def test_every_error_is_documented() -> None:
+    """Each error of the tree stands in docs/errors.md on a line with its exit code."""
+    lines = (ROOT / "docs/errors.md").read_text().splitlines()
+    for value in vars(errors).values():
+        if isinstance(value, type) and issubclass(value, errors.MmsplitError) and value is not errors.MmsplitError:
+            assert any(f"`{value.__name__}`" in line and line.startswith(f"| {value.exit_code} ") for line in lines)
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/architecture.md", "docs/errors.md"])
+def test_links_lead_somewhere(document: str) -> None:
+    """Every relative link of a document names a file that is there."""
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+def test_every_exported_name_exists() -> None:
+    """`mmsplit.__all__` is exactly what can be imported from it, and unknown names are refused."""
+    for name in mmsplit.__all__:
+        assert getattr(mmsplit, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        mmsplit.nope  # noqa: B018
