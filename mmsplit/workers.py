@@ -63,7 +63,7 @@ class WorkerGroup:
         self._lock = threading.Lock()
         self._error: BaseException | None = None
         self._stopping = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._threads: list[tuple[threading.Thread, threading.Event]] = []
 
     @property
     def is_stopping(self) -> bool:
@@ -77,6 +77,7 @@ class WorkerGroup:
 
     def start(self, name: str, body: Callable[[], None]) -> None:
         """Start a thread that runs `body`."""
+        ended = threading.Event()
 
         def run() -> None:
             try:
@@ -85,10 +86,19 @@ class WorkerGroup:
                 pass
             except BaseException as error:
                 self._stop(error)
+            finally:
+                ended.set()
 
         thread = threading.Thread(target=run, name=f"mmsplit-{name}", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        try:
+            thread.start()
+        except BaseException as error:  # no more threads to be had, or an interrupt: those that run must end
+            self._stop(error)
+            if thread.is_alive():
+                self._threads.append((thread, ended))
+            self._join_all()
+            raise
+        self._threads.append((thread, ended))
 
     def start_many(
         self, name: str, count: int, jobs: JobStream[J], make_worker: Callable[[], Callable[[J], None]]
@@ -109,15 +119,19 @@ class WorkerGroup:
     def join(self) -> None:
         """Wait for all threads; raise the first error of any of them, after all have ended."""
         try:
-            for thread in self._threads:
-                thread.join()
+            self._join_all()
         except BaseException as error:
             self._stop(error)
-            for thread in self._threads:
-                thread.join()
+            self._join_all()
             raise
         if self._error is not None:
             raise self._error
+
+    def _join_all(self) -> None:
+        for thread, ended in self._threads:
+            # Not `join` alone: up to Python 3.12 an interrupted `Thread.join` takes the thread for ended ever after.
+            ended.wait()
+            thread.join()
 
     def _stop(self, error: BaseException) -> None:
         with self._lock:

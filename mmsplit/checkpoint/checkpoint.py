@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -169,4 +170,5 @@ def _identity(root: Path) -> tuple[str, str | None]:
     parts = root.absolute().parts
     if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
         return parts[-3].removeprefix("models--").replace("--", "/", 1), parts[-1]
-    return root.resolve().name, None
+    # ".." is taken out, but links are kept: the name a person gave
+    return Path(os.path.abspath(root)).name, None  # noqa: PTH100

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from mmsplit.checkpoint.weights_index import parse_weights_index
+from mmsplit.checkpoint.weights_index import SUFFIX, is_plain_name, parse_weights_index
 from mmsplit.errors import CheckpointError, MissingShardError
 
-SUFFIX: Final = ".safetensors"
-INDEX_SUFFIX: Final = ".safetensors.index.json"
+INDEX_SUFFIX: Final = f"{SUFFIX}.index.json"
 #: Families of weight names that belong together, in order of preference; any other family comes after them.
 PREFERRED_FAMILIES: Final = (
     "model",
@@ -58,6 +57,7 @@ _MAX_INDEX_BYTES: Final = 512 << 20
 _NUMBERED: Final = re.compile(r"^(?P<family>.+)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})\.safetensors$", re.ASCII)
 #: Partition sets may live beside the checkpoint they came from; they are never part of it.
 _PARTITION_FILE: Final = re.compile(r"^(partition_(\d+|set)\.(json|bin)(\..*)?|unfinished_split\.json)$", re.ASCII)
+_DOWNLOAD_HINT: Final = "Download the missing shards, then run again."
 _OUTPUT_MARKS: Final = ("partition_set.json", "unfinished_split.json")
 
 
@@ -74,7 +74,26 @@ class CheckpointFiles(NamedTuple):
 
 
 def find_checkpoint_files(path: Path) -> CheckpointFiles:
-    """Decide what `path`, a directory, a shard or a weights index, stands for."""
+    """Decide what `path`, a directory, a shard or a weights index, stands for.
+
+    Raises `CheckpointError`, also where the operating system refuses to look.
+    """
+    try:
+        files = _find(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot look at it: {error.strerror}", path=error.filename or path) from error
+    for shard in files.shards:
+        if not shard.is_file():
+            raise MissingShardError("shard is a link that leads nowhere", path=shard, hint=_DOWNLOAD_HINT)
+        if not is_plain_name(shard.name):
+            # The partition set records the name; a reader on another system must be able to use it.
+            raise CheckpointError(
+                "shard's name is not plain printable text without / \\ and :", path=shard, hint="Rename the file."
+            )
+    return files
+
+
+def _find(path: Path) -> CheckpointFiles:
     if not path.exists():
         raise CheckpointError(
             "no such file or directory", path=path, hint="Give a directory that holds .safetensors files."
@@ -82,11 +101,11 @@ def find_checkpoint_files(path: Path) -> CheckpointFiles:
     if path.is_dir():
         return _in_directory(path)
     if path.name.endswith(INDEX_SUFFIX):
-        return _from_index(path.parent, path.name, [])
+        return _from_index(path.parent, path.name)
     if path.suffix == SUFFIX:
         if not path.is_file():
             raise CheckpointError("not a regular file", path=path)
-        return CheckpointFiles(path.parent, (path,), None, b"", None, *_small_files(path.parent))
+        return CheckpointFiles(path.parent, (path,), None, b"", None, *_small_files(path.parent, deep=False))
     raise CheckpointError(
         "not a safetensors file, a weights index or a directory",
         path=path,
@@ -95,7 +114,7 @@ def find_checkpoint_files(path: Path) -> CheckpointFiles:
 
 
 def _in_directory(root: Path) -> CheckpointFiles:
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_file() and not entry.name.startswith("."))
+    names = _names_in(root)
     weights = [name for name in names if name.endswith(SUFFIX)]
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     families = {_family(name) for name in weights} | {name.removesuffix(INDEX_SUFFIX) for name in indexes}
@@ -110,17 +129,12 @@ def _in_directory(root: Path) -> CheckpointFiles:
     family: str | None = next((name for name in PREFERRED_FAMILIES if name in families), None)
     if family is None and len(indexes) == 1:
         family = indexes[0].removesuffix(INDEX_SUFFIX)
-    notes = []
+    notes: list[str] = []
     if family is None:
         members = weights  # a plain directory of shards: all of them
     else:
         members = [name for name in weights if _family(name) == family]
-        left = [name for name in weights if _family(name) != family]
-        if left:
-            notes.append(
-                f"{len(left)} weight file(s) beside {family!r} are not part of this checkpoint:"
-                f" {', '.join(left[:3])}{' …' if len(left) > 3 else ''}"
-            )
+        notes += _note_left([name for name in weights if _family(name) != family], f"beside {family!r}")
         if f"{family}{INDEX_SUFFIX}" in indexes:
             if members == [f"{family}{SUFFIX}"]:
                 # save_pretrained leaves a stale index behind when a later save fits one file; loaders take the file.
@@ -128,9 +142,25 @@ def _in_directory(root: Path) -> CheckpointFiles:
                 if set(_read_index(index)[1].values()) != set(members):
                     notes.append(f"{index.name} names other shards than {members[0]}, which is complete without it")
                     return CheckpointFiles(root, (root / members[0],), None, b"", None, *_small_files(root, notes))
-            return _from_index(root, f"{family}{INDEX_SUFFIX}", notes)
+            return _from_index(root, f"{family}{INDEX_SUFFIX}")
     _require_numbered_siblings(root, members)
     return CheckpointFiles(root, tuple(root / name for name in members), None, b"", None, *_small_files(root, notes))
+
+
+def _names_in(root: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(root) if _is_file(entry) and not entry.name.startswith("."))
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file, or a shard that a link promises: a Hub cache that lost a blob has such links."""
+    return entry.is_file() or (entry.is_symlink() and entry.name.endswith(SUFFIX) and not entry.is_dir())
+
+
+def _note_left(shards: list[str], where: str) -> list[str]:
+    if not shards:
+        return []
+    shown = f"{', '.join(shards[:3])}{' …' if len(shards) > 3 else ''}"
+    return [f"{len(shards)} weight file(s) {where} are not part of this checkpoint: {shown}"]
 
 
 def _family(name: str) -> str:
@@ -148,7 +178,7 @@ def _read_index(path: Path) -> tuple[bytes, dict[str, str]]:
     return data, parse_weights_index(data, str(path))
 
 
-def _from_index(root: Path, index_name: str, notes: list[str]) -> CheckpointFiles:
+def _from_index(root: Path, index_name: str) -> CheckpointFiles:
     index = root / index_name
     data, weight_map = _read_index(index)
     shards = sorted(set(weight_map.values()))
@@ -158,19 +188,14 @@ def _from_index(root: Path, index_name: str, notes: list[str]) -> CheckpointFile
             f"{len(missing)} of {len(shards)} shards named by {index_name} are missing: "
             f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}",
             path=root / missing[0],
-            hint="Download the missing shards, then run again.",
+            hint=_DOWNLOAD_HINT,
         )
     family = index_name.removesuffix(INDEX_SUFFIX)
-    stray = sorted(
-        entry.name
-        for entry in os.scandir(root)
-        if entry.name.endswith(SUFFIX) and _family(entry.name) == family and entry.name not in set(shards)
-    )
+    left = [name for name in _names_in(root) if name.endswith(SUFFIX) and name not in set(shards)]
+    stray = [name for name in left if _family(name) == family]
+    notes = _note_left([name for name in left if _family(name) != family], f"beside {family!r}")
     if stray:
-        notes = [
-            *notes,
-            f"{len(stray)} file(s) named like shards are not in {index_name}: {', '.join(stray[:3])}",
-        ]
+        notes.append(f"{len(stray)} file(s) named like shards are not in {index_name}: {', '.join(stray[:3])}")
     return CheckpointFiles(
         root, tuple(root / name for name in shards), index, data, weight_map, *_small_files(root, notes)
     )
@@ -178,28 +203,38 @@ def _from_index(root: Path, index_name: str, notes: list[str]) -> CheckpointFile
 
 def _require_numbered_siblings(root: Path, members: list[str]) -> None:
     """Without an index the numbers in the names are the only promise; hold the directory to it."""
+    present = set(members)
+    promised: dict[tuple[str, int, str], str] = {}  # one of the files that make the promise
     for name in members:
         numbered = _NUMBERED.match(name)
-        if numbered is None:
-            continue
-        count, width = int(numbered["count"]), len(numbered["number"])
-        present = {other for other in members if _family(other) == numbered["family"]}
-        for number in range(1, min(count, len(present) + 1) + 1):
-            sibling = f"{numbered['family']}-{number:0{width}d}-of-{numbered['count']}{SUFFIX}"
+        if numbered is not None:
+            promised.setdefault((numbered["family"], len(numbered["number"]), numbered["count"]), name)
+    for (family, width, digits), name in promised.items():
+        count = int(digits)
+        for number in range(1, min(count, len(present) + 1) + 1):  # one more than there are: one of them is missing
+            sibling = f"{family}-{number:0{width}d}-of-{digits}{SUFFIX}"
             if sibling not in present:
                 raise MissingShardError(
                     f"shard is missing: {name} says there are {count:,}, and there is no index",
                     path=root / sibling,
-                    hint="Download the missing shards, then run again.",
+                    hint=_DOWNLOAD_HINT,
                 )
 
 
-def _small_files(root: Path, notes: list[str] | None = None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names, relative with `/`, of the files that make the model usable, and notes on what is left behind."""
+def _small_files(
+    root: Path, notes: list[str] | None = None, *, deep: bool = True
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names, relative with `/`, of the files that make the model usable, and notes on what is left behind.
+
+    Not `deep`, subfolders are left out: a shard named alone may lie in any folder, say a home directory.
+    """
     notes = list(notes or ())
     names: list[str] = []
-    for relative, size in _walk(root):
-        if size > MAX_SMALL_FILE_BYTES:
+    for relative, size in _walk(root, deep, notes):
+        if not all(is_plain_name(part) for part in relative.split("/")):
+            # A partition set could not record it: its readers refuse such names.
+            notes.append(f"{relative!r} is not carried along: its name is not plain printable text without \\ and :")
+        elif size > MAX_SMALL_FILE_BYTES:
             notes.append(f"{relative} is not carried along: {size:,} bytes is more than a small file has")
         elif len(names) == MAX_SMALL_FILES:
             notes.append(f"more than {MAX_SMALL_FILES:,} small files; the rest is not carried along")
@@ -214,15 +249,25 @@ def _is_output(folder: Path) -> bool:
     return any((folder / name).exists() for name in _OUTPUT_MARKS)
 
 
-def _walk(root: Path) -> Iterator[tuple[str, int]]:
-    """Regular files below `root` in a fixed order, hidden names and weights of any framework left out."""
-    for directory, folders, files in os.walk(root):
+def _walk(root: Path, deep: bool, notes: list[str]) -> Iterator[tuple[str, int]]:
+    """Regular files below `root` in a fixed order, hidden names and weights of any framework left out.
+
+    A note is made of what only a person can judge: shards in subfolders, and folders that may not be read.
+    """
+
+    def unreadable(error: OSError) -> None:
+        notes.append(f"{error.filename} is not carried along: {error.strerror}")
+
+    shards_below: list[str] = []
+    for directory, folders, files in os.walk(root, onerror=unreadable):
         folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and not _is_output(Path(directory, name))
+            name for name in folders if deep and not name.startswith(".") and not _is_output(Path(directory, name))
         )
         prefix = Path(directory).relative_to(root)
         for name in sorted(files):
             path = Path(directory, name)
+            if path.suffix == SUFFIX and prefix.parts and not name.startswith("."):
+                shards_below.append((prefix / name).as_posix())
             if (
                 name.startswith(".")
                 or path.suffix.lower() in WEIGHT_SUFFIXES
@@ -232,3 +277,4 @@ def _walk(root: Path) -> Iterator[tuple[str, int]]:
             ):
                 continue
             yield (prefix / name).as_posix(), path.stat().st_size
+    notes += _note_left(shards_below, "in subfolders")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import itertools
 import mmap
 import os
 import signal
@@ -35,6 +36,8 @@ IoMode = Literal["auto", "mmap", "pread"]
 _MADV_POPULATE_READ: Final = 22  # Linux 5.14, <asm-generic/mman-common.h>; Python 3.11 has no name for it
 _MADV_DONTNEED: Final = 4
 _PAGE: Final = mmap.PAGESIZE
+#: Ranges returned between two sweeps of the whole map; a sweep costs some ten microseconds.
+_SWEEP_EVERY: Final = 32
 
 
 class Fingerprint(NamedTuple):
@@ -85,13 +88,14 @@ class FileReader:
             self.size_bytes = self.fingerprint.size_bytes
             self._lock = threading.Lock()
             self._borrowed = 0
+            self._returned = itertools.count(1)
             self._leased = False
             self._retiring = False
             self._map: mmap.mmap | None = None
             self._address = 0
             wanted = io != "pread" and self.size_bytes > 0 and can_populate()
             if wanted and (io == "mmap" or self._take_lease()):
-                self._map, self._address = _map_file(self._fd, self.size_bytes)
+                self._try_to_map()
         except BaseException:
             os.close(self._fd)
             raise
@@ -145,8 +149,9 @@ class FileReader:
 
     def will_need(self, start: int, stop: int) -> None:
         """Ask the kernel to start reading [start, stop); returns at once."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, start, max(0, min(stop, self.size_bytes) - start), os.POSIX_FADV_WILLNEED)
+        length = min(stop, self.size_bytes) - start
+        if length > 0 and hasattr(os, "posix_fadvise"):  # to the kernel, length 0 means: to the end of the file
+            os.posix_fadvise(self._fd, start, length, os.POSIX_FADV_WILLNEED)
 
     def require_unchanged(self) -> None:
         """Raise if size, time or identity of the file, by handle or by name, differ from those at opening."""
@@ -201,17 +206,33 @@ class FileReader:
         self._leased = _take_read_lease(self._fd)
         return self._leased
 
+    def _try_to_map(self) -> None:
+        """Map the file; where that cannot be done (a file system without maps, truncated just now) it is read."""
+        try:
+            self._map, self._address = _map_file(self._fd, self.size_bytes)
+        except (OSError, ValueError):
+            if self._leased:
+                _drop_lease(self._fd)
+                self._leased = False
+
     def _populate(self, start: int, stop: int) -> None:
         first = start - start % _PAGE
         code = _madvise(self._address + first, stop - first, _MADV_POPULATE_READ)
         if code == errno.EFAULT:
             raise self._changed("bytes of the file can no longer be read; it was truncated, or its disk failed", start)
         if code:
-            raise OSError(code, os.strerror(code), str(self.path))
+            raise CheckpointError(f"cannot read: {os.strerror(code)}", path=self.path, offset=start)
 
     def _drop(self, start: int, stop: int) -> None:
-        """Unmap the whole pages inside the range; pages it shares with a neighbour stay."""
-        first, last = -(-start // _PAGE) * _PAGE, stop - stop % _PAGE
+        """Unmap the pages of the range, but for a last one that the next range is likely to begin in.
+
+        A page dropped under a neighbour who is reading it comes back from the page cache: the lease keeps the file
+        from being truncated meanwhile.  The kernel also maps pages around those it was asked for (64 KiB on tmpfs, a
+        megabyte on ext4, measured); now and then the whole map is swept of them.
+        """
+        first, last = start - start % _PAGE, stop if stop == self.size_bytes else stop - stop % _PAGE
+        if next(self._returned) % _SWEEP_EVERY == 0:
+            first, last = 0, self.size_bytes
         if last > first:
             _madvise(self._address + first, last - first, _MADV_DONTNEED)
 

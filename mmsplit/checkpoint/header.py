@@ -6,7 +6,8 @@ followed where it is stricter, and the error then says so:
 
 * the header begins with `{` (README, "the header data MUST begin with a `{` character");
 * no key occurs twice (README, "duplicate keys are disallowed"; the reference keeps the last);
-* an entry is a JSON object, and unknown fields in it nest at most 32 deep (the reference has other limits).
+* an entry is a JSON object, its dtype text; unknown fields in it nest at most 32 deep (the reference has other
+  limits) and hold no `-0` (to the reference a float, to Python the integer 0) and no number beyond 1e308.
 
 Reason for exact coverage, in the format's own words: "The byte buffer needs to be entirely indexed, and
 cannot contain holes.  This prevents the creation of polyglot files."
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Final, NoReturn
 
 from mmsplit.checkpoint.tensor import ShardHeader, TensorInfo
@@ -27,6 +29,9 @@ LENGTH_BYTES: Final = 8
 MAX_HEADER_BYTES: Final = 100_000_000
 _U64_MAX: Final = 2**64 - 1
 _MAX_UNKNOWN_DEPTH: Final = 32
+#: The reference reads numbers beyond 64 bits as doubles, refuses those beyond a double, and rounds those near the
+#: largest in a way of its own: unknown fields may not come near.
+_MAX_NUMBER: Final = 10**308
 _TRUNCATED_HINT: Final = "The file is truncated, or not a safetensors file. Download it again."
 
 
@@ -116,7 +121,6 @@ def _decode(header: bytes, path: str) -> dict[str, object]:
             text,
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
-            parse_float=_finite,
             parse_int=parse_int,
         )
     except _DuplicateKeyError as error:
@@ -154,13 +158,6 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"number {text[:40]} is out of range")
-    return value
-
-
 def _refuse_minus_zero(text: str) -> int:
     if text == "-0":
         raise ValueError("-0 is not an integer")
@@ -187,8 +184,8 @@ def _entry(
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     except KeyError as error:
         fail(f"entry has no field {error.args[0]!r}")
-    if len(entry) > 3 and _depth(entry) > _MAX_UNKNOWN_DEPTH:
-        fail("unknown fields nest too deep")
+    if len(entry) > 3:
+        _require_sane_extras(entry, fail)
     if type(dtype) is not str:
         fail("dtype is not text")
     if type(offsets) is not list or len(offsets) != 2:
@@ -225,15 +222,19 @@ def _entry(
     return TensorInfo(name, dtype, tuple(shape), shard, buffer_start + start, buffer_start + stop, params)
 
 
-def _depth(value: object) -> int:
-    """Nesting depth, counted with a stack of our own: a hostile header must not exhaust Python's."""
-    deepest, todo = 0, [(value, 1)]
+def _require_sane_extras(entry: dict[str, object], fail: Callable[[str], NoReturn]) -> None:
+    """Hold unknown fields to what the reference can read, with a stack of our own: a hostile header must not
+    exhaust Python's.
+    """
+    todo: list[tuple[object, int]] = [(entry, 1)]
     while todo:
         item, depth = todo.pop()
-        deepest = max(deepest, depth)
+        if depth > _MAX_UNKNOWN_DEPTH:
+            fail("unknown fields nest too deep")
+        if isinstance(item, int | float) and abs(item) > _MAX_NUMBER:
+            fail("unknown field holds a number that is out of range")
         children = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
         todo.extend((child, depth + 1) for child in children)
-    return deepest
 
 
 def _require_exact_cover(tensors: list[TensorInfo], start: int, file_bytes: int, path: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from mmsplit.errors import CheckpointError
+
+SUFFIX: Final = ".safetensors"
 
 
 def parse_weights_index(data: bytes, path: str) -> dict[str, str]:
@@ -31,6 +33,9 @@ def parse_weights_index(data: bytes, path: str) -> dict[str, str]:
         if shard not in checked:
             if not is_plain_name(shard):
                 fail("weight_map names a shard that is not a plain file name", tensor, repr(shard[:80]))
+            if not shard.endswith(SUFFIX):
+                # Any other file could be taken for a small file of the model, too, and have two fates.
+                fail(f"weight_map names a shard that is not a {SUFFIX} file", tensor, repr(shard[:80]))
             checked.add(shard)
     return weight_map
 

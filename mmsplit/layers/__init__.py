@@ -5,7 +5,7 @@ Pure: names in, `LayerMap` out.  The rules are one table, `rules.py`; the rest o
 (`crosscheck.py`).
 """
 
-from .build import build_layer_map
-from .layer import LAYER_TYPES, Layer, LayerMap
+from mmsplit.layers.build import build_layer_map
+from mmsplit.layers.layer import LAYER_TYPES, Layer, LayerMap
 
 __all__ = ["LAYER_TYPES", "Layer", "LayerMap", "build_layer_map"]

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from .crosscheck import depth_notes
-from .layer import Layer, LayerMap
-from .naming import MAX_COMPONENTS, find_index, module_ends
-from .ordering import layer_key, tensor_key
-from .rules import role_of
-from .stacks import Sorting, find_blocks
+from mmsplit.layers.crosscheck import depth_notes
+from mmsplit.layers.layer import Layer, LayerMap
+from mmsplit.layers.naming import MAX_COMPONENTS, find_index, module_ends
+from mmsplit.layers.ordering import layer_key, tensor_key
+from mmsplit.layers.rules import role_of
+from mmsplit.layers.stacks import Sorting, find_blocks
 
 #: So many names stand in the note about unknown modules; the map has them all.
 _NAMES_IN_NOTE: Final = 5

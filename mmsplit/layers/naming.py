@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 
-from .rules import UNDERSCORE_WORDS, ends_module
+from mmsplit.layers.rules import UNDERSCORE_WORDS, ends_module
 
 #: At most nine digits: longer numbers are somebody's hash, and comparing them costs more than it tells.
 _INDEX: Final = re.compile(r"(?<![^._])[0-9]{1,9}(?![^.])", re.ASCII)

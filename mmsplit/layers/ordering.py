@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from .naming import MAX_COMPONENTS, is_index
-from .rules import (
+from mmsplit.layers.naming import MAX_COMPONENTS, is_index
+from mmsplit.layers.rules import (
     CORE,
     DESCENDING_WORDS,
     NORM,

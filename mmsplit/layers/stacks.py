@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from .naming import NumberedList, index_of, is_index, split_by_index
-from .rules import (
+from mmsplit.layers.naming import NumberedList, index_of, is_index, split_by_index
+from mmsplit.layers.rules import (
     ATTENTION,
     CONVOLUTION_PAIRS,
     CONVOLUTION_PARTS,

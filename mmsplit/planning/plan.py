@@ -16,7 +16,8 @@ class PlannedLayer(NamedTuple):
 
     `tied_to` is set where the layer's one tensor is stored elsewhere under its own name and used here as `alias`:
     the partition of that id holds the original.  `stored` says whether this partition has bytes for the
-    layer's tensors: false for a tied layer that only refers to the original.
+    layer's tensors: false for a tied layer that only refers to the original.  `moved` layers do not lie where
+    forward order would have them, but with the weight they are tied to ("colocate").
     """
 
     name: str
@@ -27,6 +28,7 @@ class PlannedLayer(NamedTuple):
     alias: str | None = None
     tied_to: int | None = None
     stored: bool = True
+    moved: bool = False
 
     @property
     def total_params(self) -> int:
@@ -96,9 +98,21 @@ class Plan(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """SHA-256 over who gets what: two plans with the same digest give the same partitions."""
+        """SHA-256 over who gets what, as what: two plans with the same digest give the same partitions."""
         who_gets_what = [
-            [[layer.name, [t.name for t in layer.tensors], layer.alias, layer.stored] for layer in part.layers]
+            [
+                [
+                    layer.name,
+                    layer.layer_type,
+                    layer.stack,
+                    layer.block_index,
+                    [tensor.name for tensor in layer.tensors],
+                    layer.alias,
+                    layer.tied_to,
+                    layer.stored,
+                ]
+                for layer in part.layers
+            ]
             for part in self.partitions
         ]
         return "sha256:" + hashlib.sha256(json.dumps(who_gets_what).encode()).hexdigest()
@@ -142,12 +156,17 @@ def require_every_byte_accounted_for(
             if layer.alias is not None:
                 continue
             for tensor in layer.tensors:
-                if owner.setdefault(tensor.name, part.part_id) != part.part_id or not layer.stored:
-                    raise PlanError("tensor is in two partitions without being tied", tensor=tensor.name)
+                if tensor.name in owner:
+                    raise PlanError("tensor is in two layers without being tied", tensor=tensor.name)
+                if not layer.stored:
+                    raise PlanError("tensor is stored nowhere", tensor=tensor.name)
+                owner[tensor.name] = part.part_id
+    for name in tensors:
+        if name not in owner:  # said here for tensors without bytes, too
+            raise PlanError("tensor is in no partition", tensor=name)
     ranges: dict[str, list[tuple[int, int]]] = {shard.name: [(0, shard.header_bytes)] for shard in shards}
     for tensor in tensors.values():
-        if tensor.name in owner:
-            ranges[tensor.shard].append((tensor.start_offset, tensor.stop_offset))
+        ranges[tensor.shard].append((tensor.start_offset, tensor.stop_offset))
     for shard in shards:
         position = 0
         for start, stop in sorted(ranges[shard.name]):

@@ -120,6 +120,8 @@ def _shares(request: PlanRequest, unit_count: int) -> tuple[Fraction, ...]:
         )
         if count is not None
     }
+    if unit_count == 0:
+        raise PlanError("checkpoint has no tensors, so there is nothing to plan")
     possible = f"This checkpoint can be cut into 1 to {min(unit_count, MAX_PARTS):,} partitions."
     if not counts:
         raise PlanError("nobody said into how many partitions", hint=possible)
@@ -144,12 +146,15 @@ def _shares(request: PlanRequest, unit_count: int) -> tuple[Fraction, ...]:
 
 
 def _weight(value: float | str | Fraction) -> Fraction:
+    text = str(value)
     try:
-        weight = Fraction(str(value))
+        # A float first where there is an exponent: Fraction("1e999999999") would work that number out.
+        plausible = "e" not in text.lower() or 1e-9 <= float(text) <= 1e9
+        weight = Fraction(text) if plausible else Fraction(0)
     except (ValueError, ZeroDivisionError):
         weight = Fraction(0)
     if not 0 < weight <= 10**9 or weight.denominator > 10**9:
-        raise PlanError(f"weight {str(value)[:40]!r} is not a positive number", hint="Give weights such as 3,2,1.")
+        raise PlanError(f"weight {text[:40]!r} is not a positive number", hint="Give weights such as 3,2,1.")
     return weight
 
 
@@ -241,13 +246,16 @@ def _partition(
             copies = tied == "duplicate" and part_id != home and unit.tie.tensor not in copied
             copied.add(unit.tie.tensor)
             planned = planned._replace(alias=unit.tie.alias, tied_to=home, stored=copies)
-        layers.append(planned)
+        layers.append(planned._replace(moved=unit in moved))
     return PlannedPartition(part_id, tuple(layers))
 
 
 def _tie_remarks(partitions: Sequence[PlannedPartition]) -> list[str]:
     remarks = []
     for part in partitions:
+        moved = [layer.name for layer in part.layers if layer.moved]
+        if moved and len(partitions) > 1:
+            remarks.append(f"{', '.join(moved)} moved to partition {part.part_id}, which has the tied weight")
         for layer in part.layers:
             if layer.alias is None:
                 continue

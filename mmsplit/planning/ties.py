@@ -45,7 +45,8 @@ def find_ties(layer_map: LayerMap, config: Mapping[str, object] | None) -> tuple
     layers = layer_map.layers
     names = {name for layer in layers for name in layer.tensors}
     embedding = _token_embedding(layers)
-    has_head = any(layer.layer_type == "head" for layer in layers)
+    # A head of nothing but a bias (BART's final_logits_bias) has its weight elsewhere.
+    has_head = any(layer.layer_type == "head" and not all(map(_is_bias, layer.tensors)) for layer in layers)
     declared = _declared(config)
     if embedding is None or not _needs_head(config, has_blocks=any(layer.stack for layer in layers)):
         return (), ()
@@ -56,10 +57,10 @@ def find_ties(layer_map: LayerMap, config: Mapping[str, object] | None) -> tuple
         and embedding.endswith("shared.weight")
         and not any(name.endswith(_DECODER_EMBEDDING) for name in names)
     ):
-        ties.append(_tie("decoder.embed_tokens", "embedding", _DECODER_EMBEDDING, embedding, decoder_start))
+        ties.append(_tie(layers, "embedding", _DECODER_EMBEDDING, embedding, decoder_start))
     notes: tuple[str, ...] = ()
     if not has_head:
-        ties.append(_tie("lm_head", "head", _HEAD_WEIGHT, embedding, len(layers)))
+        ties.append(_tie(layers, "head", _HEAD_WEIGHT, embedding, len(layers)))
         if declared is False:
             notes = (
                 f"config.json says tie_word_embeddings is false, but no header has a head; {embedding} is taken"
@@ -70,7 +71,14 @@ def find_ties(layer_map: LayerMap, config: Mapping[str, object] | None) -> tuple
     return tuple(ties), notes
 
 
-def _tie(layer_name: str, layer_type: str, alias: str, tensor: str, position: int) -> Tie:
+def _is_bias(name: str) -> bool:
+    return name.endswith("bias")
+
+
+def _tie(layers: Sequence[Layer], layer_type: str, alias: str, tensor: str, position: int) -> Tie:
+    layer_name = alias.removesuffix(".weight")
+    if any(layer.name == layer_name for layer in layers):
+        layer_name = alias  # names of layers are unique: the module's own layer has what else it has, say a bias
     return Tie(Layer(layer_name, layer_type, None, None, (tensor,)), alias, tensor, position)
 
 
