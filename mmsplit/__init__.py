@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mmsplit.benchmark.bench import BenchResult, bench
     from mmsplit.checkpoint import Checkpoint, TensorInfo, open_checkpoint
     from mmsplit.errors import (
         CheckpointError,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "mmsplit.benchmark.bench": ("BenchResult", "bench"),
     "mmsplit.checkpoint": ("Checkpoint", "TensorInfo", "open_checkpoint"),
     "mmsplit.errors": (
         "CheckpointError",

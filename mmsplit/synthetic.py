@@ -14,6 +14,8 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from mmsplit.checkpoint.header_writer import format_header
+
 _SLICE_ROWS_BYTES: Final = 16 << 20
 _LAYERS: Final = 16
 
@@ -42,21 +44,14 @@ def write_synthetic_checkpoint(directory: Path, *, full: bool = False, seed: int
     (directory / "config.json").write_text(json.dumps(_config(sizes), indent=2) + "\n")
     (directory / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.6}) + "\n")
     tensors = sorted(_tensors(sizes))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, shape in tensors:
-        size = 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, position + size]}
-        position += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header = format_header((name, "BF16", shape, 2 * int(np.prod(shape))) for name, shape in tensors)
     rng = np.random.Generator(np.random.SFC64(seed))
     with (directory / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
         for name, shape in tensors:
             for piece in _weights(name, shape, rng):
                 file.write(piece.data)
-    return position
+    return 2 * sum(int(np.prod(shape)) for _, shape in tensors)
 
 
 def _tensors(sizes: _Sizes) -> Iterator[tuple[str, list[int]]]:

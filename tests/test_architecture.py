@@ -15,6 +15,7 @@ HOUSE = {
     "checkpoint": [
         "tensor",
         "header",
+        "header_writer",
         "weights_index",
         "directory",
         "file_reader",
@@ -44,6 +45,7 @@ HOUSE = {
     ],
     "verbs": ["plan", "split", "verify", "merge", "load", "inspect"],
     "synthetic": [],
+    "benchmark": ["rates", "sample", "bench"],
     "cli": [
         "options",
         "progress",
@@ -53,6 +55,7 @@ HOUSE = {
         "split_command",
         "verify_command",
         "merge_command",
+        "bench_command",
         "app",
     ],
 }

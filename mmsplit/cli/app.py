@@ -16,6 +16,7 @@ _COMMANDS: Final = {
     "split": "Split a checkpoint into a partition set.",
     "verify": "Find every byte of a set that is not as it was written.",
     "merge": "Merge a set into the original checkpoint, byte for byte.",
+    "bench": "Measure this machine, and say what limits it.",
 }
 
 _EPILOG: Final = """\b
@@ -31,17 +32,17 @@ Exit codes:
 class _Commands(click.Group):
     """A group whose commands are in modules of their own."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(_COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _COMMANDS:
             return None
         module = importlib.import_module(f"mmsplit.cli.{cmd_name}_command")
         command: click.Command = getattr(module, f"{cmd_name}_command")
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
 
@@ -53,5 +54,5 @@ class _Commands(click.Group):
 )
 @click.version_option(__version__, prog_name="mmsplit")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def app(debug: bool) -> None:  # noqa: ARG001 - read by `mmsplit.cli.run`
+def app(debug: bool) -> None:  # debug is read by `mmsplit.cli.run`
     """Split model checkpoints larger than RAM by layer into verified partitions, and merge them back bit for bit."""

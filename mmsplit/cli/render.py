@@ -8,6 +8,8 @@ from typing import Final, Protocol
 
 import click
 
+from mmsplit.planning import PlannedLayer
+
 _UNITS: Final = ("", "k", "M", "G", "T", "P")
 
 
@@ -70,11 +72,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[
     )
 
 
-def layer_range(layers: Sequence[LayerLike]) -> str:
-    """Return first and last layer: model.embed_tokens … model.layers.7."""
-    if not layers:
-        return "-"
-    return layers[0].name if len(layers) == 1 else f"{layers[0].name} … {layers[-1].name}"
+def layer_range(layers: Sequence[PlannedLayer]) -> str:
+    """Return first and last layer, and those that moved there: model.embed_tokens … model.layers.7, lm_head."""
+    names = [layer.name for layer in layers if not layer.moved]
+    span = names if len(names) < 2 else [f"{names[0]} … {names[-1]}"]
+    return ", ".join([*span, *(layer.name for layer in layers if layer.moved)]) or "-"
 
 
 def layer_table(layers: Sequence[LayerLike], *, every: bool) -> str:

@@ -1,0 +1,1 @@
+"""How fast mmsplit is on this machine, and what limits it."""
