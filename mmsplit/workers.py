@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Generic, NamedTuple, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 J = TypeVar("J")
+
+#: An interrupt is seen after so long at the latest.
+_INTERRUPT_SECONDS: Final = 0.2
 
 
 class Progress(NamedTuple):
@@ -129,8 +132,10 @@ class WorkerGroup:
 
     def _join_all(self) -> None:
         for thread, ended in self._threads:
-            # Not `join` alone: up to Python 3.12 an interrupted `Thread.join` takes the thread for ended ever after.
-            ended.wait()
+            # Not `join` alone: in Python 3.11 an interrupted `Thread.join` takes the thread for ended ever after.  Not
+            # without end either: an interrupt just before the wait, or any on Windows, is seen when it is over.
+            while not ended.wait(_INTERRUPT_SECONDS):
+                pass
             thread.join()
 
     def _stop(self, error: BaseException) -> None:

@@ -10,7 +10,14 @@ import xxhash
 from numpy.typing import NDArray
 
 from mmsplit.codec import KNOWN_CODECS, LAYOUTS
-from mmsplit.sidecar.layout import CHUNK_ALIGNMENT, CHUNK_BYTES, DATA_START, chunk_count_of
+from mmsplit.sidecar.layout import (
+    CHUNK_ALIGNMENT,
+    CHUNK_BYTES,
+    DATA_START,
+    SLOT_ALIGNMENT,
+    aligned,
+    chunk_count_of,
+)
 
 #: 40 bytes, little-endian, no padding.  `tensor` counts in the partition, `stored_offset` from the payload's start.
 CHUNK_RECORD: Final = np.dtype(
@@ -51,13 +58,14 @@ def find_fault(index: ChunkIndex, tensor_bytes: Sequence[int], data_stop: int) -
     """Return the first record that cannot be true and why, or None.
 
     `data_stop` is where the last slot ends.  A sound index describes exactly the chunks of the tensors, in order,
-    none larger than raw, none overlapping.
+    none larger than raw, none overlapping, and no more than padding between them: a hole would be bytes that no
+    checksum covers.
     """
     chunk_count = sum(chunk_count_of(size) for size in tensor_bytes)
     if len(index) != chunk_count:
         return min(len(index), chunk_count), f"index has {len(index):,} records for {chunk_count:,} chunks"
     if chunk_count == 0:
-        return None
+        return None if data_stop == DATA_START else (0, "data without a chunk")
     tensor, raw = expected_raw(tensor_bytes)
     start = index["stored_offset"]
     stop = start + index["stored_bytes"]
@@ -70,6 +78,7 @@ def find_fault(index: ChunkIndex, tensor_bytes: Sequence[int], data_stop: int) -
         (index["stored_bytes"] == 0, "is stored in no bytes"),
         (start % CHUNK_ALIGNMENT != 0, "is not aligned"),
         ((start < least) | (start > data_stop), "overlaps its neighbour or leaves the payload"),
+        (start - least >= SLOT_ALIGNMENT, "leaves a hole before it"),
         (stop > data_stop, "reaches past the payload's data"),
         (~np.isin(index["codec"], tuple(KNOWN_CODECS)), "has an unknown codec"),
         (index["layout"] >= len(LAYOUTS), "has an unknown word layout"),
@@ -77,6 +86,8 @@ def find_fault(index: ChunkIndex, tensor_bytes: Sequence[int], data_stop: int) -
     ):
         if bad.any():
             return int(np.argmax(bad)), what
+    if aligned(int(stop[-1]), SLOT_ALIGNMENT) != data_stop:
+        return chunk_count - 1, "does not end where the payload's data ends"
     return None
 
 

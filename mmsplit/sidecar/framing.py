@@ -16,18 +16,21 @@ TRAILER_MAGIC: Final = b"MMSPLEND"
 
 _HEADER: Final = struct.Struct("<8sIIII32s32s")
 _TRAILER: Final = struct.Struct("<8sQQQQQQ")
+_IDENTITY: Final = struct.Struct("<8sI")
 _CHECKSUM: Final = struct.Struct("<Q")
+HEADER_BYTES: Final = _HEADER.size + _CHECKSUM.size
 TRAILER_BYTES: Final = _TRAILER.size + _CHECKSUM.size
 
 
 class Trailer(NamedTuple):
     """The last bytes of a payload.  Offsets count from its start; `manifest_xxh3` is over the JSON itself.
 
-    The manifest's copy is one zstd frame of `manifest_stored_bytes` at `manifest_offset`.
+    The chunk index ends at `manifest_offset`, where the manifest's copy begins: one zstd frame of
+    `manifest_stored_bytes`.  `copy_xxh3` is over that frame: a frame has bits that a decoder ignores.
     """
 
     index_offset: int
-    index_bytes: int
+    copy_xxh3: int
     manifest_offset: int
     manifest_stored_bytes: int
     manifest_bytes: int
@@ -41,13 +44,18 @@ def pack_header(part_id: int, num_parts: int, plan_digest: str, source_digest: s
     return (fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields))).ljust(DATA_START, b"\0")
 
 
-def parse_header_version(block: bytes, path: str) -> int:
-    """Return the format version of a payload's first bytes; refuse what is none, or of a version not known here."""
+def require_payload_header(block: bytes, path: str) -> None:
+    """Refuse the first `HEADER_BYTES` of a file that is no payload, or one of a version not known here.
+
+    Bytes whose checksum says that they were such a header pass: they are damaged, not foreign, and whoever compares
+    the header with the manifest finds that.
+    """
+    fields = _IDENTITY.pack(MAGIC, FORMAT_VERSION) + block[_IDENTITY.size : _HEADER.size]
+    if _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields)) == block[_HEADER.size : HEADER_BYTES]:
+        return
     if block[:8] != MAGIC:
         raise FormatError("not an mmsplit payload", path=path, offset=0, expected=repr(MAGIC), found=repr(block[:8]))
-    version = int.from_bytes(block[8:12], "little")
-    require_version(version, path)
-    return version
+    require_version(int.from_bytes(block[8:12], "little"), path)
 
 
 def require_version(version: object, path: str) -> None:
@@ -76,8 +84,7 @@ def parse_trailer(block: bytes, payload_bytes: int) -> Trailer | None:
         return None
     trailer = Trailer(*_TRAILER.unpack_from(block)[1:])
     fits = (
-        trailer.index_offset >= DATA_START
-        and trailer.index_offset + trailer.index_bytes == trailer.manifest_offset
+        DATA_START <= trailer.index_offset <= trailer.manifest_offset
         and trailer.manifest_offset + trailer.manifest_stored_bytes + TRAILER_BYTES == payload_bytes
     )
     return trailer if fits else None

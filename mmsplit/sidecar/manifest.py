@@ -8,8 +8,10 @@ not break this reader; anything that changes meaning gets a new format version.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+from mmsplit.dtypes import DTYPES
 from mmsplit.errors import FormatError, IntegrityError
 from mmsplit.sidecar.framing import FORMAT_VERSION, require_version
 from mmsplit.sidecar.json_fields import Fields, load_json_object
@@ -17,6 +19,18 @@ from mmsplit.sidecar.layout import CHUNK_BYTES, chunk_count_of
 
 PARTITION_FORMAT: Final = "mmsplit-partition"
 CHECKSUM_KIND: Final = "xxh3_64"
+#: The payload's header has 32 bits for part_id and num_parts.
+_MAX_PARTS: Final = 2**32 - 1
+
+
+def manifest_name(part_id: int) -> str:
+    """Return the file name of a partition's manifest."""
+    return f"partition_{part_id}.json"
+
+
+def payload_name(part_id: int) -> str:
+    """Return the file name of a partition's payload."""
+    return f"partition_{part_id}.bin"
 
 
 class TensorEntry(NamedTuple):
@@ -192,8 +206,22 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
     return manifest
 
 
+def refuse_other_version(data: bytes, path: str) -> None:
+    """Raise `FormatError` if the text, whatever else is wrong with it, says it is a manifest of another version."""
+    try:
+        values = load_json_object(data, path)
+    except IntegrityError:
+        return
+    version = values.get("format_version")
+    if values.get("format") == PARTITION_FORMAT and type(version) is int:
+        require_version(version, path)
+
+
 def _parse_layer(fields: Fields) -> LayerEntry:
     alias = fields.optional("alias", str)
+    tensors = tuple(_parse_tensor(tensor) for tensor in fields.each("tensors"))
+    if alias is not None and len(tensors) != 1:
+        fields.fail("a tied layer has not exactly one tensor")
     return LayerEntry(
         name=fields.get("name", str),
         layer_type=fields.get("layer_type", str),
@@ -202,7 +230,7 @@ def _parse_layer(fields: Fields) -> LayerEntry:
         start=fields.count("start"),
         stop=fields.count("stop"),
         stored_bytes=fields.count("stored_bytes"),
-        tensors=tuple(_parse_tensor(tensor) for tensor in fields.each("tensors")),
+        tensors=tensors,
         alias=alias,
         tied_to=fields.optional("tied_to", int),
         stored=True if alias is None else fields.get("stored", bool),
@@ -235,13 +263,16 @@ def _require_consistent(manifest: Manifest, fields: Fields) -> None:
         if not holds:
             raise IntegrityError(f"manifest contradicts itself: {what}", path=fields.path, tensor=tensor)
 
-    require(manifest.part_id < manifest.num_parts, "part_id is not below num_parts")
+    require(manifest.part_id < manifest.num_parts <= _MAX_PARTS, "part_id is not below num_parts")
     require(fields.count("total_params") == manifest.total_params, "total_params is not the sum of its layers")
     require(fields.count("total_bytes") == manifest.total_bytes, "total_bytes is not the sum of its layers")
     require(
         manifest.stored_bytes == sum(layer.stored_bytes for layer in manifest.layers),
         "stored_bytes is not the sum of its layers",
     )
+    for layer in manifest.layers:
+        for tensor in layer.tensors:
+            require(_fits_shape(tensor), "dtype and shape do not fit params and bytes", tensor.name)
     chunk = 0
     for tensor in manifest.stored_tensors():
         require(tensor.first_chunk == chunk, "chunks are not numbered in order", tensor.name)
@@ -254,3 +285,21 @@ def _require_consistent(manifest: Manifest, fields: Fields) -> None:
         require(tensor.xxh3 is not None, "a stored tensor has no checksum", tensor.name)
         chunk += tensor.chunk_count
     require(chunk == manifest.chunk_count, "chunk_count is not that of its tensors")
+
+
+def _fits_shape(tensor: TensorEntry) -> bool:
+    """Whether params and bytes are those of dtype and shape; of an unknown dtype nothing is known."""
+    known = DTYPES.get(tensor.dtype)
+    return known is None or (
+        _product(tensor.shape) == tensor.params and tensor.params * known.bits == 8 * tensor.size_bytes
+    )
+
+
+def _product(shape: Sequence[int]) -> int | None:
+    """Number of elements, or None beyond 64 bits: a hostile shape must not cost the time of a huge number."""
+    params = 1
+    for size in shape:
+        params *= size
+        if params >= 2**64:
+            return None
+    return params

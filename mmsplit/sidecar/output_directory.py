@@ -16,15 +16,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal
 
+import xxhash
+
 from mmsplit.errors import MmsplitError, NoSpaceError, OutputError, OutputExistsError, OutputLockedError
 from mmsplit.sidecar.framing import MAGIC
 from mmsplit.sidecar.output_files import PARTIAL_SUFFIX, output_errors, sync_directory, write_whole_file
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest, parse_set_manifest
 
 STATE_NAME: Final = "unfinished_split.json"
+STATE_FORMAT: Final = "mmsplit-unfinished"
 LOCK_NAME: Final = ".mmsplit.lock"
 _OURS: Final = re.compile(
-    r"^(partition_\d+\.(json|bin)(\.partial|\.journal)?|partition_set\.json(\.partial)?)$", re.ASCII
+    r"^(partition_\d+\.(json|bin)(\.partial|\.journal)?|(partition_set|unfinished_split)\.json(\.partial)?)$", re.ASCII
 )
 
 #: What to do about output that is there already: refuse, continue an unfinished run, or replace what mmsplit wrote.
@@ -33,10 +36,14 @@ Found = Literal["nothing", "unfinished", "finished"]
 
 
 class OutputDirectory:
-    """An output directory, locked from `__enter__` to `__exit__`."""
+    """An output directory, locked from `__enter__` to `__exit__`.
+
+    `replaceable` are the small files, SHA-256 by name, of a set or unfinished run that `prepare` removed.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.replaceable: Mapping[str, str] = {}
         self._lock_fd = -1
 
     def __enter__(self) -> OutputDirectory:
@@ -60,18 +67,21 @@ class OutputDirectory:
         `OutputExistsError`; nothing is removed that mmsplit did not write, and that only with "force".
         """
         manifest_path = self.path / SET_MANIFEST_NAME
-        state = self._read_state()
         if existing == "force":
             self._remove_own_files()
             return "nothing"
+        state = self._read_state()
         if state is not None:
             self._require_same(state, identity, existing, "an unfinished split")
             return "unfinished"
         if manifest_path.exists():
             manifest = self._read_set_manifest()
             self._require_same(_identity_of(manifest), identity, existing, "a finished partition set")
+            self._require_complete(manifest)
             return "finished"
-        stray = sorted(name for name in os.listdir(self.path) if _OURS.match(name))
+        # A run killed while it wrote its first state left no more than that.
+        names = (name for name in os.listdir(self.path) if not name.startswith(STATE_NAME))
+        stray = sorted(name for name in names if _OURS.match(name))
         if stray:
             raise OutputExistsError(
                 f"output holds {stray[0]}, but neither a set manifest nor an unfinished run",
@@ -82,7 +92,9 @@ class OutputDirectory:
 
     def write_state(self, state: Mapping[str, object]) -> None:
         """Record what the run makes and what it knows so far."""
-        write_whole_file(self.path / STATE_NAME, (json.dumps(state, indent=1) + "\n").encode())
+        body = {"format": STATE_FORMAT, **state}
+        text = json.dumps({**body, "xxh3": _state_checksum(body)}, indent=1) + "\n"
+        write_whole_file(self.path / STATE_NAME, text.encode())
 
     def read_state(self) -> Mapping[str, object]:
         """Return what the unfinished run recorded; empty if there is none."""
@@ -108,25 +120,29 @@ class OutputDirectory:
             )
 
     def _read_state(self) -> dict[str, object] | None:
+        """Return the state, None if there is none.  It is believed only whole: it holds digests of the shards."""
+        what = "it is not what was written"
         try:
             state = json.loads((self.path / STATE_NAME).read_bytes())
+            if isinstance(state, dict) and state.pop("xxh3", None) == _state_checksum(state):
+                return state
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise OutputExistsError(
-                f"cannot read the state of an unfinished run: {error}",
-                path=self.path / STATE_NAME,
-                hint="Use --force to start again.",
-            ) from error
-        return state if isinstance(state, dict) else {}
+        except (OSError, ValueError, RecursionError) as error:
+            what = str(error)
+        raise OutputExistsError(
+            f"cannot read the state of an unfinished run: {what}",
+            path=self.path / STATE_NAME,
+            hint="Use --force to start again.",
+        )
 
     def _read_set_manifest(self) -> SetManifest:
         path = self.path / SET_MANIFEST_NAME
         try:
             return parse_set_manifest(path.read_bytes(), str(path))
-        except MmsplitError as error:
+        except (MmsplitError, OSError) as error:
             raise OutputExistsError(
-                f"output holds a set manifest that cannot be read: {error.what}",
+                f"output holds a set manifest that cannot be read: {error}",
                 path=path,
                 hint="Choose another directory, or use --force to replace what mmsplit wrote there.",
             ) from error
@@ -145,6 +161,20 @@ class OutputDirectory:
             hint = "Use --resume to go on from there, or --force to start again."
         raise OutputExistsError(reason, path=self.path, hint=hint)
 
+    def _require_complete(self, manifest: SetManifest) -> None:
+        """Raise if files of a finished set are gone or of another length; to look inside them is `verify`'s task."""
+        sizes: dict[str, int | None] = {entry.name: entry.size_bytes for entry in manifest.files}
+        for partition in manifest.partitions:
+            sizes |= {partition.manifest_file: None, partition.payload_file: partition.payload_bytes}
+        for name, size in sizes.items():
+            path = self.path / name
+            if not path.is_file() or size not in (None, path.stat().st_size):
+                raise OutputExistsError(
+                    "output holds a finished partition set, but this file of it is missing or of another size",
+                    path=path,
+                    hint="Bring it back, or use --force to split again.",
+                )
+
     def _remove_own_files(self) -> None:
         """Remove what mmsplit wrote: set manifest first, so that what is left never passes for a set."""
         names = [name for name in os.listdir(self.path) if _OURS.match(name)]
@@ -155,11 +185,25 @@ class OutputDirectory:
                     path=self.path / name,
                     hint="Move it away, or choose another directory.",
                 )
+        self.replaceable = self._recorded_small_files()
+        # The state goes last: until then what is left is an unfinished run.
+        names.sort(key=lambda name: (not name.startswith(SET_MANIFEST_NAME), name == STATE_NAME))
         with output_errors(self.path):
-            for name in sorted(names, key=lambda name: not name.startswith(SET_MANIFEST_NAME)):
+            for name in names:
                 (self.path / name).unlink()
-            (self.path / STATE_NAME).unlink(missing_ok=True)
         sync_directory(self.path)
+
+    def _recorded_small_files(self) -> dict[str, str]:
+        """Return the small files that the set, or the unfinished run, says are its own."""
+        try:
+            files = self.read_state().get("files")
+            return (
+                {name: str(digest) for name, digest in files.items()}
+                if isinstance(files, dict)
+                else {entry.name: entry.sha256 for entry in self._read_set_manifest().files}
+            )
+        except OutputExistsError:
+            return {}
 
 
 def free_bytes(path: Path) -> int:
@@ -178,6 +222,10 @@ def _identity_of(manifest: SetManifest) -> dict[str, object]:
     }
 
 
+def _state_checksum(state: Mapping[str, object]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(state, sort_keys=True).encode())
+
+
 def _is_ours(path: Path) -> bool:
     """Whether a file that has a name of ours has our content, too; work in progress and journals go by their name."""
     if not path.is_file() or path.is_symlink():
@@ -193,16 +241,20 @@ def _lock(path: Path) -> int:
     """Take the lock file's lock; the loser of a race with its removal tries again on the new file."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        if not _try_lock(fd):
-            os.close(fd)
-            raise OutputLockedError(
-                "another run is writing to this output", path=path.parent, hint="Wait until it has ended."
-            )
         try:
-            if os.path.samestat(os.fstat(fd), path.stat()):
-                return fd
-        except FileNotFoundError:
-            pass
+            if not _try_lock(fd):
+                raise OutputLockedError(
+                    "another run is writing to this output", path=path.parent, hint="Wait until it has ended."
+                )
+            try:
+                same = os.path.samestat(os.fstat(fd), path.stat())
+            except FileNotFoundError:
+                same = False
+        except BaseException:
+            os.close(fd)
+            raise
+        if same:
+            return fd
         os.close(fd)
 
 

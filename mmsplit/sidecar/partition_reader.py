@@ -17,17 +17,26 @@ import zstandard
 
 from mmsplit.checkpoint import FileReader, IoMode
 from mmsplit.codec import Encoded
-from mmsplit.errors import FormatError, IntegrityError, MissingPartitionError, MmsplitError
+from mmsplit.errors import FormatError, IntegrityError, MissingPartitionError
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD, ChunkIndex, find_fault, tensor_checksum
 from mmsplit.sidecar.framing import (
+    HEADER_BYTES,
     TRAILER_BYTES,
     Trailer,
     pack_header,
-    parse_header_version,
     parse_trailer,
+    require_payload_header,
 )
 from mmsplit.sidecar.layout import DATA_START, SLOT_ALIGNMENT
-from mmsplit.sidecar.manifest import LayerEntry, Manifest, TensorEntry, parse_manifest
+from mmsplit.sidecar.manifest import (
+    LayerEntry,
+    Manifest,
+    TensorEntry,
+    manifest_name,
+    parse_manifest,
+    payload_name,
+    refuse_other_version,
+)
 
 MAX_MANIFEST_BYTES: Final = 1 << 30
 _MANIFEST_NAME: Final = re.compile(r"^partition_(\d+)\.json$", re.ASCII)
@@ -75,16 +84,6 @@ class OpenPartition:
         self.close()
 
 
-def manifest_name(part_id: int) -> str:
-    """Return the file name of a partition's manifest."""
-    return f"partition_{part_id}.json"
-
-
-def payload_name(part_id: int) -> str:
-    """Return the file name of a partition's payload."""
-    return f"partition_{part_id}.bin"
-
-
 def open_partition_files(path: Path, io: IoMode = "auto") -> OpenPartition:
     """Open a partition by its manifest or payload; raises on the first fault."""
     if path.suffix == ".bin":
@@ -100,7 +99,7 @@ def open_partition_files(path: Path, io: IoMode = "auto") -> OpenPartition:
         )
 
     partition = read_partition_files(path, fail, io)
-    if partition is None:
+    if partition is None:  # pragma: no cover - whatever prevents it has been reported
         raise IntegrityError("partition cannot be opened", path=path)
     return partition
 
@@ -108,14 +107,23 @@ def open_partition_files(path: Path, io: IoMode = "auto") -> OpenPartition:
 def read_partition_files(path: Path, report: Report, io: IoMode = "auto") -> OpenPartition | None:
     """Open a partition by its manifest at `path`, reporting every fault on the way; None if too little is sound.
 
-    Raises `FormatError` for a partition of a version not known here, and `CheckpointError` if a file cannot be read.
+    Raises `FormatError` for a partition of a version not known here, and for what is no partition at all.
     """
     data = _read_manifest_file(path, report)
     payload = path.with_suffix(".bin")
     if not payload.is_file():
+        if data is not None:
+            try:
+                parse_manifest(data, str(path))
+            except IntegrityError as error:
+                report(Fault(str(path), error.what))
         report(Fault(str(payload), "payload is missing"))
         return None
-    reader = FileReader(payload, io=io, changed_error=IntegrityError)
+    try:
+        reader = FileReader(payload, io=io, changed_error=IntegrityError)
+    except OSError as error:
+        report(Fault(str(payload), f"payload cannot be read: {error.strerror}"))
+        return None
     try:
         partition = _read_payload(path, data, reader, report)
     except BaseException:
@@ -145,6 +153,9 @@ def _read_manifest_file(path: Path, report: Report) -> bytes | None:
         return path.read_bytes()
     except FileNotFoundError:
         report(Fault(str(path), "manifest is missing"))
+        return None
+    except OSError as error:
+        report(Fault(str(path), f"manifest cannot be read: {error.strerror}"))
         return None
 
 
@@ -185,6 +196,9 @@ def _read_payload(path: Path, data: bytes | None, reader: FileReader, report: Re
     named = _MANIFEST_NAME.match(path.name)
     if named and int(named[1]) != manifest.part_id:
         report(Fault(str(path), f"file holds partition {manifest.part_id}, not {named[1]}", partition=int(named[1])))
+    if trailer is not None and trailer.index_offset != manifest.data_stop:
+        what = "payload's trailer does not lead to the manifest's chunk index"
+        report(Fault(payload, what, reader.size_bytes - TRAILER_BYTES, reader.size_bytes, manifest.part_id))
     index = _read_index(manifest, reader, report)
     return None if index is None else OpenPartition(path, manifest, index, reader)
 
@@ -192,7 +206,7 @@ def _read_payload(path: Path, data: bytes | None, reader: FileReader, report: Re
 def _require_payload(reader: FileReader) -> None:
     if reader.size_bytes < DATA_START:
         raise IntegrityError("payload is truncated", path=reader.path, expected=DATA_START, found=reader.size_bytes)
-    parse_header_version(reader.read(0, 12), str(reader.path))
+    require_payload_header(reader.read(0, HEADER_BYTES), str(reader.path))
 
 
 def _read_trailer(reader: FileReader) -> Trailer | None:
@@ -204,6 +218,8 @@ def _manifest_copy(reader: FileReader, trailer: Trailer) -> bytes | None:
     if trailer.manifest_bytes > MAX_MANIFEST_BYTES:
         return None
     frame = reader.read(trailer.manifest_offset, trailer.manifest_offset + trailer.manifest_stored_bytes)
+    if xxhash.xxh3_64_intdigest(frame) != trailer.copy_xxh3:
+        return None
     try:
         if zstandard.frame_content_size(frame) != trailer.manifest_bytes:
             return None
@@ -216,18 +232,23 @@ def _manifest_copy(reader: FileReader, trailer: Trailer) -> bytes | None:
 def _choose_manifest(
     path: Path, data: bytes | None, trailer: Trailer | None, copy: bytes | None, report: Report
 ) -> Manifest | None:
-    """Return the manifest on disk where it is the payload's own, else the copy, else whatever can be parsed."""
-    if data is not None and trailer is not None and xxhash.xxh3_64_intdigest(data) != trailer.manifest_xxh3:
-        report(Fault(str(path), "manifest is not the one written with this payload", 0, len(data)))
-    candidates = [item for item in (copy, data) if item is not None]
-    for position, candidate in enumerate(candidates):
-        try:
-            return parse_manifest(candidate, str(path))
-        except FormatError:
+    """Return the manifest that the payload carries, else the one on disk."""
+    if data is not None:
+        refuse_other_version(data, str(path))
+        if trailer is not None and xxhash.xxh3_64_intdigest(data) != trailer.manifest_xxh3:
+            report(Fault(str(path), "manifest is not the one written with this payload", 0, len(data)))
+    try:
+        if copy is not None:
+            return parse_manifest(copy, str(path))
+        if data is not None:
+            return parse_manifest(data, str(path))
+    except FormatError as error:
+        # The copy has its checksum, so it is what was written; JSON beside a payload of our version is damaged.
+        if copy is not None:
             raise
-        except MmsplitError as error:
-            if position == len(candidates) - 1:
-                report(Fault(str(path), error.what))
+        report(Fault(str(path), error.what))
+    except IntegrityError as error:
+        report(Fault(str(path), error.what))
     return None
 
 

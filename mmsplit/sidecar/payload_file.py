@@ -25,6 +25,7 @@ class PayloadFile:
         self.path = path
         self._lock = threading.Lock()
         self._direct_fd: int | None = None
+        self._retired_fd: int | None = None
         with output_errors(path):
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
             if direct and hasattr(os, "O_DIRECT"):
@@ -90,9 +91,10 @@ class PayloadFile:
 
     def close(self) -> None:
         """Close; what was not finished stays as it is."""
-        if self._direct_fd is not None:
-            os.close(self._direct_fd)
-            self._direct_fd = None
+        for fd in (self._direct_fd, self._retired_fd):
+            if fd is not None:
+                os.close(fd)
+        self._direct_fd = self._retired_fd = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -100,5 +102,5 @@ class PayloadFile:
     def _stop_direct(self, direct_fd: int) -> None:
         with self._lock:
             if self._direct_fd is direct_fd:
-                self._direct_fd = None
-                # Left open: another thread may be writing through it; closing would free its number.
+                # Open until `close`: another thread may be writing through it; closing would free its number.
+                self._direct_fd, self._retired_fd = None, direct_fd

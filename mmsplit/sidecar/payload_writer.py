@@ -70,6 +70,7 @@ class PayloadWriter:
         Each slot is re-hashed, then reported to `on_slot`.  The manifest is written anew if the run ended before
         it was.  A payload that is not whole loses its manifest and will be replaced.
         """
+        whole, copy = False, b""
         try:
             copy = read_manifest_copy(self.payload)
             manifest = parse_manifest(copy, str(self.payload))
@@ -77,17 +78,20 @@ class PayloadWriter:
                 index = reader.read(manifest.data_stop, manifest.data_stop + self.index.nbytes)
                 if xxhash.xxh3_64_hexdigest(index) == manifest.index_xxh3:
                     self.index[:] = np.frombuffer(index, CHUNK_RECORD)
-                    if self._matches(reader, slots, on_slot):
-                        if not manifest_path.is_file() or manifest_path.read_bytes() != copy:
-                            write_whole_file(manifest_path, copy)
-                        self._remaining = 0
-                        self.is_finished = True
-                        return True
+                    whole = self._matches(reader, slots, on_slot)
         except (OSError, MmsplitError):
-            pass
+            pass  # not there, or not sound: it will be made anew
         with output_errors(manifest_path):
-            manifest_path.unlink(missing_ok=True)
-        return False
+            if not whole:
+                manifest_path.unlink(missing_ok=True)
+                return False
+            if not manifest_path.is_file() or manifest_path.read_bytes() != copy:
+                write_whole_file(manifest_path, copy)
+            # Killed between the payload's name and the end of `finish`, a run leaves its journal.
+            self._journal_path.unlink(missing_ok=True)
+        self._remaining = 0
+        self.is_finished = True
+        return True
 
     def _matches(self, reader: FileReader, slots: Iterable[Slot], on_slot: Callable[[Slot], None]) -> bool:
         """Whether a finished payload holds exactly these slots, intact."""
@@ -200,7 +204,7 @@ class PayloadWriter:
         copy = zstandard.ZstdCompressor(level=9).compress(manifest)
         trailer = Trailer(
             index_offset=self._data_stop,
-            index_bytes=len(index),
+            copy_xxh3=xxhash.xxh3_64_intdigest(copy),
             manifest_offset=self._data_stop + len(index),
             manifest_stored_bytes=len(copy),
             manifest_bytes=len(manifest),

@@ -16,6 +16,7 @@ import zstandard
 from mmsplit.errors import IntegrityError
 from mmsplit.sidecar.framing import FORMAT_VERSION, require_version
 from mmsplit.sidecar.json_fields import Fields, load_json_object
+from mmsplit.sidecar.manifest import manifest_name, payload_name
 
 SET_FORMAT: Final = "mmsplit-set"
 SET_MANIFEST_NAME: Final = "partition_set.json"
@@ -112,23 +113,39 @@ def format_set_manifest(manifest: SetManifest) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode()
 
 
+def is_as_written(data: bytes) -> bool:
+    r"""Whether a set manifest has the very bytes that it was written with.
+
+    The root digest is over what the JSON means: it does not see a lost line end, or a capital in `\u00E9`.
+    """
+    try:
+        return (json.dumps(json.loads(data), indent=1) + "\n").encode() == data
+    except (ValueError, RecursionError):
+        return False
+
+
 def parse_set_manifest(data: bytes, path: str) -> SetManifest:
     """Parse and check a set manifest; raises `FormatError` or `IntegrityError`."""
     fields = Fields(load_json_object(data, path), path)
-    if fields.get("format", str) != SET_FORMAT:
-        fields.fail(f"not the manifest of a partition set: format is {fields.get('format', str)[:40]!r}")
-    require_version(fields.values.get("format_version"), path)
+    ours = fields.values.get("format") == SET_FORMAT
+    version = fields.values.get("format_version")
+    if ours and type(version) is int:
+        require_version(version, path)
+    elif "root_digest" not in fields.values and "plan_digest" not in fields.values:
+        fields.fail(f"not the manifest of a partition set: format is {str(fields.values.get('format'))[:40]!r}")
     # The root digest is over the JSON as it stands, so that a field of a later minor addition is bound, too.
     rest = {key: value for key, value in fields.values.items() if key != "root_digest"}
-    found = "sha256:" + hashlib.sha256(_canonical(rest)).hexdigest()
-    if fields.sha256("root_digest") != found:
+    expected, found = fields.values.get("root_digest"), "sha256:" + hashlib.sha256(_canonical(rest)).hexdigest()
+    if expected != found:
         raise IntegrityError(
             "set manifest is not what was written: root digest does not fit",
             path=path,
-            expected=fields.sha256("root_digest"),
+            expected=str(expected)[:80],
             found=found,
             hint="Copy it again from where the set came from.",
         )
+    if not ours or type(version) is not int:
+        fields.fail("not the manifest of a partition set of a version known here")
     source = fields.inner("source")
     index = source.optional("index", dict)
     manifest = SetManifest(
@@ -160,8 +177,17 @@ def parse_set_manifest(data: bytes, path: str) -> SetManifest:
             for f in fields.each("partitions")
         ),
     )
-    if [partition.part_id for partition in manifest.partitions] != list(range(fields.count("num_parts"))):
+    if len(manifest.partitions) != fields.count("num_parts") or not manifest.partitions:
         fields.fail("partitions are not numbered from 0 to num_parts - 1")
+    for number, partition in enumerate(manifest.partitions):
+        if partition.part_id != number:
+            fields.fail("partitions are not numbered from 0 to num_parts - 1")
+        if (partition.manifest_file, partition.payload_file) != (manifest_name(number), payload_name(number)):
+            fields.fail(f"partition {number} has other file names than {manifest_name(number)} and its payload")
+    names = [shard.name for shard in manifest.shards] + [entry.name for entry in manifest.files]
+    names += [] if manifest.weights_index is None else [manifest.weights_index[0]]
+    if len(set(names)) != len(names):
+        fields.fail("two files of the source have the same name")
     return manifest
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+from mmsplit.checkpoint import IoMode
 from mmsplit.errors import FormatError, IntegrityError
 from mmsplit.sidecar.output_directory import STATE_NAME
-from mmsplit.sidecar.partition_reader import MAX_MANIFEST_BYTES
+from mmsplit.sidecar.partition_reader import (
+    MAX_MANIFEST_BYTES,
+    OpenPartition,
+    open_partition_files,
+    require_partition,
+)
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest, parse_set_manifest
 
 
@@ -52,3 +59,41 @@ def read_set_manifest(root: Path) -> SetManifest:
             path=root,
             hint="Give the directory that mmsplit split wrote.",
         ) from None
+    except OSError as error:
+        raise FormatError(f"set manifest cannot be read: {error.strerror}", path=path) from error
+
+
+def missing_partitions(root: Path, manifest: SetManifest) -> tuple[int, ...]:
+    """Return the ids of the partitions whose files are not in `root`."""
+    return tuple(
+        entry.part_id
+        for entry in manifest.partitions
+        if not ((root / entry.manifest_file).is_file() and (root / entry.payload_file).is_file())
+    )
+
+
+def open_partition_of_set(root: Path, manifest: SetManifest, part_id: int, io: IoMode) -> OpenPartition:
+    """Open a partition and hold it to the set; a sound partition of another set raises `IntegrityError`.
+
+    Raises `MissingPartitionError` if it is not there.
+    """
+    require_partition(root, part_id)
+    entry = manifest.partitions[part_id]
+    partition = open_partition_files(root / entry.manifest_file, io)
+    try:
+        try:
+            found = f"sha256:{hashlib.sha256(partition.path.read_bytes()).hexdigest()}"
+        except OSError as error:
+            raise IntegrityError(f"manifest cannot be read: {error.strerror}", path=partition.path) from error
+        if found != entry.manifest_sha256:
+            raise IntegrityError(
+                "partition is not of this set",
+                path=partition.path,
+                expected=entry.manifest_sha256,
+                found=found,
+                hint="Copy the right partition into the set.",
+            )
+    except BaseException:
+        partition.close()
+        raise
+    return partition

@@ -12,7 +12,7 @@ from mmsplit.sidecar.manifest import Manifest
 from mmsplit.sidecar.output_directory import STATE_NAME
 from mmsplit.sidecar.partition_reader import open_partition_files
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest
-from mmsplit.sidecar.set_reader import read_set_manifest
+from mmsplit.sidecar.set_reader import missing_partitions, read_set_manifest
 
 
 class CheckpointInfo(NamedTuple):
@@ -117,12 +117,7 @@ def inspect(path: str | Path, *, allow_unknown_dtypes: bool = False) -> Checkpoi
     if (path / SET_MANIFEST_NAME).exists() or path.name == SET_MANIFEST_NAME or (path / STATE_NAME).exists():
         root = path if path.is_dir() else path.parent
         manifest = read_set_manifest(root)
-        missing = tuple(
-            entry.part_id
-            for entry in manifest.partitions
-            if not ((root / entry.manifest_file).is_file() and (root / entry.payload_file).is_file())
-        )
-        return SetInfo(root, manifest, missing)
+        return SetInfo(root, manifest, missing_partitions(root, manifest))
     if path.name.startswith("partition_") and path.suffix in (".json", ".bin"):
         with open_partition_files(path, "pread") as partition:
             return PartitionInfo(partition.path, partition.manifest, partition.reader.size_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +17,14 @@ from mmsplit.dtypes import DTYPES
 from mmsplit.errors import IntegrityError, MissingPartitionError, RequestError
 from mmsplit.sidecar.layout import CHUNK_BYTES
 from mmsplit.sidecar.manifest import LayerEntry, TensorEntry
-from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files, require_partition
+from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files
 from mmsplit.sidecar.set_manifest import SetManifest
-from mmsplit.sidecar.set_reader import read_set_manifest, resolve_set_path
+from mmsplit.sidecar.set_reader import (
+    missing_partitions,
+    open_partition_of_set,
+    read_set_manifest,
+    resolve_set_path,
+)
 from mmsplit.workers import JobStream, WorkerGroup, default_threads
 
 Array = NDArray[Any]
@@ -109,17 +115,9 @@ class Partition(Mapping[str, Array]):
         Returns the buffer as an array of the tensor's dtype and shape.  `verify` overrides the mapping's own.
         """
         entry = self.entry(name)
-        with memoryview(buffer) as whole:
-            if whole.readonly or not whole.c_contiguous or whole.nbytes != entry.size_bytes:
-                raise RequestError(
-                    "buffer does not fit the tensor",
-                    tensor=name,
-                    expected=f"{entry.size_bytes:,} writable bytes in one piece",
-                    found=f"{whole.nbytes:,} bytes, {'read-only' if whole.readonly else 'writable'}",
-                )
-            out = whole.cast("B") if entry.size_bytes else memoryview(bytearray())
-            self._decode(entry, out, self._verify if verify is None else verify)
-        return _typed(np.frombuffer(buffer, np.uint8), entry)
+        data = _writable_bytes(buffer, entry.size_bytes, name)
+        self._decode(entry, data.data, self._verify if verify is None else verify)
+        return _typed(data, entry)
 
     def layer(self, name: str) -> dict[str, Array]:
         """Return the tensors of one layer; a layer that only refers to another partition raises."""
@@ -226,16 +224,18 @@ class Partition(Mapping[str, Array]):
 class PartitionSet(Mapping[str, Array]):
     """All partitions of a set that are in its directory, as one mapping from tensor name to array.
 
-    Partitions are opened at first use; `missing` are the ids of those that are not there.
+    Partitions are opened at first use and held to the set; `missing` are the ids of those that are not there.  A
+    name that none of the others has raises `MissingPartitionError` then, `KeyError` if all are there.
     """
 
     def __init__(self, root: Path, manifest: SetManifest, *, verify: bool, threads: int | None) -> None:
         self.path = root
         self.manifest = manifest
         self._verify = verify
-        self._threads = threads
+        self._threads = threads or default_threads()
+        self._lock = threading.RLock()
         self._open: dict[int, Partition] = {}
-        self._home: dict[str, int] | None = None
+        self._home: dict[str, int] = {}
 
     @property
     def num_parts(self) -> int:
@@ -245,35 +245,58 @@ class PartitionSet(Mapping[str, Array]):
     @property
     def missing(self) -> tuple[int, ...]:
         """Ids of partitions whose files are not in the directory."""
-        return tuple(
-            entry.part_id
-            for entry in self.manifest.partitions
-            if not ((self.path / entry.manifest_file).is_file() and (self.path / entry.payload_file).is_file())
-        )
+        return missing_partitions(self.path, self.manifest)
 
     def partition(self, part_id: int) -> Partition:
-        """Return one partition; the set closes it.  Raises `MissingPartitionError` or `RequestError`."""
+        """Return one partition; the set closes it.
+
+        Raises `RequestError`, `MissingPartitionError`, or `IntegrityError` if the files are not of this set.
+        """
         if not 0 <= part_id < self.num_parts:
             raise RequestError(
                 f"there is no partition {part_id}", path=self.path, expected=f"0 to {self.num_parts - 1}"
             )
-        if part_id not in self._open:
-            require_partition(self.path, part_id)
-            manifest = self.path / self.manifest.partitions[part_id].manifest_file
-            self._open[part_id] = open_partition(manifest, verify=self._verify, threads=self._threads)
-        return self._open[part_id]
+        with self._lock:
+            if part_id not in self._open:
+                files = open_partition_of_set(self.path, self.manifest, part_id, "mmap")
+                self._open[part_id] = Partition(files, verify=self._verify, threads=self._threads)
+            return self._open[part_id]
 
     def _homes(self) -> dict[str, int]:
-        if self._home is None:
-            self._home = {}
-            for entry in self.manifest.partitions:
-                if entry.part_id not in self.missing:
-                    for name in self.partition(entry.part_id):
-                        self._home.setdefault(name, entry.part_id)
-        return self._home
+        with self._lock:
+            if not self._home:
+                home: dict[str, int] = {}
+                missing = self.missing
+                for part_id in range(self.num_parts):
+                    if part_id not in missing:
+                        for name in self.partition(part_id):
+                            home.setdefault(name, part_id)
+                self._home = home
+            return self._home
+
+    def _find(self, name: object) -> Partition | None:
+        """Return the partition that answers to a name: the tensor's own, or an alias's."""
+        part_id = self._homes().get(name) if isinstance(name, str) else None
+        if part_id is not None:
+            return self.partition(part_id)
+        return next((self.partition(k) for k in sorted(set(self._homes().values())) if name in self.partition(k)), None)
 
     def __getitem__(self, name: str) -> Array:
-        return self.partition(self._homes()[name])[name]
+        partition = self._find(name)
+        if partition is not None:
+            return partition[name]
+        missing = self.missing
+        if missing:
+            raise MissingPartitionError(
+                f"tensor is in none of the partitions that are here; not here: {', '.join(map(str, missing))}",
+                path=self.path,
+                tensor=name,
+                hint="Copy the missing partitions into the set.",
+            )
+        raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return self._find(name) is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._homes())
@@ -283,9 +306,10 @@ class PartitionSet(Mapping[str, Array]):
 
     def close(self) -> None:
         """Close every partition that was opened."""
-        for partition in self._open.values():
-            partition.close()
-        self._open.clear()
+        with self._lock:
+            for partition in self._open.values():
+                partition.close()
+            self._open.clear()
 
     def __enter__(self) -> PartitionSet:
         return self
@@ -316,6 +340,30 @@ def open_set(path: str | Path, *, verify: bool = True, threads: int | None = Non
     """Open a partition set by its directory or set manifest; the arguments are those of `open_partition`."""
     root, _ = resolve_set_path(Path(path))
     return PartitionSet(root, read_set_manifest(root), verify=verify, threads=threads)
+
+
+def _writable_bytes(buffer: Any, size_bytes: int, tensor: str) -> NDArray[np.uint8]:
+    """Return a caller's buffer as bytes, or say why it cannot take a tensor of that size."""
+    # numpy does not export arrays of ml_dtypes as buffers, so arrays are taken as arrays.
+    array = buffer if isinstance(buffer, np.ndarray) else np.asarray(memoryview(buffer))
+    faults = [
+        what
+        for what, is_so in (
+            (f"{array.nbytes:,} bytes", array.nbytes != size_bytes),
+            ("read-only", not array.flags.writeable),
+            ("not in one piece", not array.flags.c_contiguous),
+        )
+        if is_so
+    ]
+    if faults:
+        raise RequestError(
+            "buffer does not fit the tensor",
+            tensor=tensor,
+            expected=f"{size_bytes:,} writable bytes in one piece",
+            found=", ".join(faults),
+            hint="Give a bytearray, or an array of the tensor's dtype and shape.",
+        )
+    return array.reshape(-1).view(np.uint8)
 
 
 def _typed(data: NDArray[np.uint8], entry: TensorEntry) -> Array:

@@ -22,10 +22,10 @@ from mmsplit.sidecar.layout import CHUNK_BYTES
 from mmsplit.sidecar.manifest import TensorEntry
 from mmsplit.sidecar.output_directory import OutputDirectory
 from mmsplit.sidecar.output_files import PARTIAL_SUFFIX, output_errors, sync_directory, write_whole_file
-from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files, require_partition
+from mmsplit.sidecar.partition_reader import OpenPartition, require_partition
 from mmsplit.sidecar.payload_file import PayloadFile
 from mmsplit.sidecar.set_manifest import SetManifest, ShardEntry
-from mmsplit.sidecar.set_reader import read_set_manifest, resolve_set_path
+from mmsplit.sidecar.set_reader import open_partition_of_set, read_set_manifest, resolve_set_path
 from mmsplit.sidecar.small_files import copy_small_files
 from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup, default_threads
 
@@ -91,38 +91,27 @@ def merge(
     partitions: list[OpenPartition] = []
     try:
         for entry in manifest.partitions:
-            partitions.append(open_partition_files(root / entry.manifest_file, io))
-            _require_of_set(partitions[-1], manifest)
+            partitions.append(open_partition_of_set(root, manifest, entry.part_id, io))
         pieces = _pieces_by_shard(partitions, manifest)
         with OutputDirectory(Path(output)) as out:
             kept = _keep_finished(out.path, manifest.shards, resume)
+            _require_no_other_index(out.path, manifest)
             todo = [shard for shard in manifest.shards if shard.name not in kept]
             partials = [path for path in (_partial(out.path, shard) for shard in todo) if path.exists()]
             there = sum(path.stat().st_size for path in partials)
             out.require_space(sum(shard.size_bytes for shard in todo) - there, "the merged checkpoint")
+            # First what may be refused after a moment, last the index: with it the checkpoint is whole.
+            digests = {entry.name: entry.sha256 for entry in manifest.files}
+            copy_small_files(root, list(digests), out.path, expected=digests)
             _write_shards(out.path, todo, pieces, threads or default_threads(), progress)
-            _write_small_files(root, out.path, manifest)
+            if manifest.weights_index is not None:
+                name, index = manifest.weights_index
+                if not (out.path / name).exists():
+                    write_whole_file(out.path / name, index.data(name))
     finally:
         for partition in partitions:
             partition.close()
     return MergeResult(Path(output), manifest.shards, tuple(kept), sum(shard.size_bytes for shard in manifest.shards))
-
-
-def _require_of_set(partition: OpenPartition, manifest: SetManifest) -> None:
-    entry = (
-        manifest.partitions[partition.manifest.part_id]
-        if partition.manifest.part_id < len(manifest.partitions)
-        else None
-    )
-    found = f"sha256:{hashlib.sha256(partition.path.read_bytes()).hexdigest()}"
-    if entry is None or found != entry.manifest_sha256:
-        raise IntegrityError(
-            "partition is not of this set",
-            path=partition.path,
-            expected=None if entry is None else entry.manifest_sha256,
-            found=found,
-            hint="Copy the right partition into the set.",
-        )
 
 
 def _pieces_by_shard(
@@ -134,7 +123,14 @@ def _pieces_by_shard(
         for layer in partition.manifest.layers:
             if layer.alias is None:  # copies of tied weights have their original elsewhere
                 for tensor in layer.tensors:
-                    pieces.setdefault(tensor.shard, []).append((partition, tensor))
+                    if tensor.shard not in pieces:
+                        raise IntegrityError(
+                            f"set manifest does not know shard {tensor.shard}",
+                            path=partition.path,
+                            tensor=tensor.name,
+                            hint="The set manifest is not that of these partitions; verify the set.",
+                        )
+                    pieces[tensor.shard].append((partition, tensor))
     for shard in manifest.shards:
         pieces[shard.name].sort(key=lambda piece: (piece[1].source_start, piece[1].source_stop))
         position = shard.header.size_bytes
@@ -147,7 +143,8 @@ def _pieces_by_shard(
                 f"the partitions do not cover shard {shard.name}",
                 path=shard.name,
                 offset=position,
-                expected=shard.size_bytes,
+                expected=f"tensors up to byte {shard.size_bytes:,}",
+                hint="The set manifest is not that of these partitions; verify the set.",
             )
     return pieces
 
@@ -181,9 +178,22 @@ def _keep_finished(out: Path, shards: Sequence[ShardEntry], resume: bool) -> lis
     return kept
 
 
+def _require_no_other_index(out: Path, manifest: SetManifest) -> None:
+    if manifest.weights_index is None:
+        return
+    name, index = manifest.weights_index
+    with output_errors(out / name):
+        if (out / name).exists() and (out / name).read_bytes() != index.data(name):
+            raise OutputExistsError(
+                "another file has the name of the weights index",
+                path=out / name,
+                hint="Move it away, or choose another directory.",
+            )
+
+
 def _sha256_of(path: Path) -> str:
     digest, scratch = hashlib.sha256(), Scratch()
-    with FileReader(path) as reader:
+    with output_errors(path), FileReader(path) as reader:
         for start in range(0, reader.size_bytes, _HASH_BYTES):
             with reader.borrow(start, min(start + _HASH_BYTES, reader.size_bytes), scratch) as view:
                 digest.update(view)
@@ -300,6 +310,7 @@ def _write_shards(
     def iter_pieces() -> Iterator[_Piece]:
         for run in runs:
             run.open()
+            counter.add(run.entry.header.size_bytes)
             yield from run.pieces()
 
     group.start_many("decode", threads + _EXTRA_THREADS, JobStream(iter_pieces()), make_decoder)
@@ -340,12 +351,3 @@ class _PieceDecoder:
             ) from error
         piece.shard.write(piece.number, piece.start, out)
         self._counter.add(len(out))
-
-
-def _write_small_files(root: Path, out: Path, manifest: SetManifest) -> None:
-    """Copy the small files, then write the weights index, last of all: with it the checkpoint is whole."""
-    digests = {entry.name: entry.sha256 for entry in manifest.files}
-    copy_small_files(root, list(digests), out, digests)
-    if manifest.weights_index is not None:
-        name, kept = manifest.weights_index
-        write_whole_file(out / name, kept.data(name))

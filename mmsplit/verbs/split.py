@@ -30,10 +30,9 @@ from mmsplit.planning import (
 )
 from mmsplit.sidecar.framing import pack_header
 from mmsplit.sidecar.layout import DATA_START, Slot, iter_slots, largest_payload_bytes
-from mmsplit.sidecar.manifest import format_manifest, parse_manifest
+from mmsplit.sidecar.manifest import format_manifest, manifest_name, parse_manifest, payload_name
 from mmsplit.sidecar.manifest_builder import Origin, build_manifest
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory, free_bytes
-from mmsplit.sidecar.partition_reader import manifest_name, payload_name
 from mmsplit.sidecar.payload_writer import PayloadWriter
 from mmsplit.sidecar.set_manifest import (
     SET_MANIFEST_NAME,
@@ -237,6 +236,7 @@ class _SplitRun:
         self._progress = progress
         self._state_lock = threading.Lock()
         self._shard_sha256: dict[str, str] = {}
+        self._files: dict[str, str] = {}
         self._resumed_bytes = 0
 
     def execute(self, existing: Existing) -> SplitResult:
@@ -252,8 +252,15 @@ class _SplitRun:
             self._recover(parts)
         with ReaderPool(self._checkpoint, self._options.io) as readers:
             self._require_space(parts, readers)
+            # Before the state: where one of them is in the way, nothing is left behind.
+            files = copy_small_files(
+                self._checkpoint.root,
+                self._checkpoint.small_files,
+                self._out.path,
+                replaceable=self._out.replaceable,
+            )
+            self._files = {entry.name: entry.sha256 for entry in files}
             self._write_state()
-            files = copy_small_files(self._checkpoint.root, self._checkpoint.small_files, self._out.path)
             try:
                 self._stream(parts, readers)
             finally:
@@ -276,7 +283,8 @@ class _SplitRun:
 
     def _write_state(self) -> None:
         fingerprints = {shard.name: list(shard.fingerprint) for shard in self._checkpoint.shards}
-        self._out.write_state({**self._identity(), "fingerprints": fingerprints, "shard_sha256": self._shard_sha256})
+        known = {"fingerprints": fingerprints, "files": self._files, "shard_sha256": self._shard_sha256}
+        self._out.write_state({**self._identity(), **known})
 
     def _planned_bytes(self) -> int:
         return sum(part.total_bytes for part in self._plan.partitions)

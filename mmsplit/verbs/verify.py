@@ -12,12 +12,18 @@ import xxhash
 
 from mmsplit.checkpoint import Checkpoint, IoMode, ReaderPool, Scratch, open_checkpoint
 from mmsplit.codec import ChunkDecoder
-from mmsplit.errors import FormatError, IntegrityError, MmsplitError, RequestError
+from mmsplit.errors import CheckpointError, FormatError, IntegrityError, MmsplitError, RequestError
 from mmsplit.sidecar.layout import CHUNK_BYTES, DATA_START
 from mmsplit.sidecar.manifest import TensorEntry
 from mmsplit.sidecar.output_directory import STATE_NAME
 from mmsplit.sidecar.partition_reader import Fault, OpenPartition, Report, read_partition_files
-from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, FileEntry, PartitionEntry, SetManifest
+from mmsplit.sidecar.set_manifest import (
+    SET_MANIFEST_NAME,
+    FileEntry,
+    PartitionEntry,
+    SetManifest,
+    is_as_written,
+)
 from mmsplit.sidecar.set_reader import read_set_manifest, resolve_set_path
 from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup, default_threads
 
@@ -124,6 +130,9 @@ def _set_manifest(root: Path, only: Path | None, report: Report) -> SetManifest 
         return None
     try:
         manifest = read_set_manifest(root)
+        if not is_as_written((root / SET_MANIFEST_NAME).read_bytes()):
+            what = "set manifest says what was written, but not in the same bytes"
+            report(Fault(str(root / SET_MANIFEST_NAME), what))
     except IntegrityError as error:
         report(Fault(str(root / SET_MANIFEST_NAME), error.what))
         return None
@@ -164,14 +173,11 @@ def _open(path: Path, entry: PartitionEntry | None, io: IoMode, report: Report) 
 
     try:
         partition = read_partition_files(path, report_here, io)
-    except IntegrityError as error:
+    except (IntegrityError, CheckpointError) as error:  # a CheckpointError says that a disk failed
         report_here(Fault(error.path or str(path), error.what, error.offset))
         return None
-    except OSError as error:
-        report_here(Fault(str(path), f"cannot be read: {error.strerror}"))
-        return None
     if entry is not None:
-        if path.is_file() and f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" != entry.manifest_sha256:
+        if path.is_file() and _sha256_of(path) != entry.manifest_sha256:
             report_here(Fault(str(path), "manifest is not the one the set was made with", 0, path.stat().st_size))
         payload = path.parent / entry.payload_file
         if payload.is_file() and payload.stat().st_size != entry.payload_bytes:
@@ -181,6 +187,14 @@ def _open(path: Path, entry: PartitionEntry | None, io: IoMode, report: Report) 
     return partition
 
 
+def _sha256_of(path: Path) -> str | None:
+    """Digest of a file; None, which is no file's, if it cannot be read."""
+    try:
+        return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    except OSError:
+        return None
+
+
 def _verify_small_files(root: Path, files: Sequence[FileEntry], level: Level, report: Report) -> None:
     for entry in files:
         path = root / entry.name
@@ -188,7 +202,7 @@ def _verify_small_files(root: Path, files: Sequence[FileEntry], level: Level, re
             report(Fault(str(path), "file of the model is missing"))
         elif path.stat().st_size != entry.size_bytes:
             report(Fault(str(path), f"file of the model has another size: expected {entry.size_bytes:,} bytes"))
-        elif level != "quick" and f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" != entry.sha256:
+        elif level != "quick" and _sha256_of(path) != entry.sha256:
             report(Fault(str(path), "file of the model is not as it was written", 0, entry.size_bytes))
 
 

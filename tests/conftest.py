@@ -1,0 +1,1 @@
+"""Where this file lies is on the path of every test: `from checkpoints import …` finds the helpers beside it."""
