@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from mmsplit.errors import CheckpointError, MmsplitError, SourceChangedError
+from mmsplit.errors import CheckpointError, MmsplitError, RequestError, SourceChangedError
 
 #: How ranges are read.  "mmap" maps without a lease: for callers who own the file's fate.
 IoMode = Literal["auto", "mmap", "pread"]
@@ -111,8 +111,7 @@ class FileReader:
 
         The view is a slice of the map or of `scratch`; neither may be used after the block.
         """
-        if not 0 <= start <= stop <= self.size_bytes:
-            raise self._changed("range lies outside the file", stop)
+        self._require_range(start, stop)
         mapped = self._enter_map() if stop > start else None
         if mapped is None:
             view = scratch.take(stop - start)
@@ -131,8 +130,7 @@ class FileReader:
 
     def read(self, start: int, stop: int) -> bytes:
         """Read the bytes [start, stop) into memory of their own; for headers and indexes."""
-        if not 0 <= start <= stop <= self.size_bytes:
-            raise self._changed("range lies outside the file", stop)
+        self._require_range(start, stop)
         data = bytearray(stop - start)
         with memoryview(data) as view:
             self._read_into(view, start)
@@ -179,6 +177,12 @@ class FileReader:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _require_range(self, start: int, stop: int) -> None:
+        if self._fd < 0:
+            raise RequestError("file is closed", path=self.path, hint="Read before closing it.")
+        if not 0 <= start <= stop <= self.size_bytes:
+            raise self._changed("range lies outside the file", stop)
 
     def _enter_map(self) -> mmap.mmap | None:
         with self._lock:

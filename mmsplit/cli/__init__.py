@@ -17,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit code; prints errors, raises only with --debug."""
+    # numpy's BLAS would start threads that spin for a while; nothing here multiplies matrices.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import click
 
     from mmsplit.cli.app import app

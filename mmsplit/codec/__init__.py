@@ -2,7 +2,9 @@
 
 from mmsplit.codec.chunk_codec import (
     CODEC_NAMES,
+    ENCODER,
     KNOWN_CODECS,
+    PLANES,
     RAW,
     ChunkDecoder,
     ChunkEncoder,
@@ -13,8 +15,10 @@ from mmsplit.codec.word import LAYOUTS
 
 __all__ = [
     "CODEC_NAMES",
+    "ENCODER",
     "KNOWN_CODECS",
     "LAYOUTS",
+    "PLANES",
     "RAW",
     "ChunkDecoder",
     "ChunkEncoder",

@@ -27,6 +27,9 @@ from mmsplit.errors import IntegrityError
 CodecName = Literal["planes", "zstd", "raw"]
 CODEC_NAMES: Final[tuple[CodecName, ...]] = get_args(CodecName)
 
+#: Encoders of the same name give the same bytes; a newer zstd may not.
+ENCODER: Final = f"planes 1, zstd {'.'.join(map(str, zstandard.ZSTD_VERSION))}"
+
 RAW: Final = 0
 ZSTD: Final = 1
 PLANES: Final = 2
@@ -42,7 +45,7 @@ _SAMPLE_PIECES: Final = 8
 _SAMPLE_WORDS: Final = 2048
 #: A plane is stored raw unless its sample shrinks below this share: less is not worth the time to decode it.
 _WORTH: Final = 0.97
-#: No frame may ask the decoder for a larger window; ours need 128 KiB.
+#: No frame may ask the decoder for a larger window; ours need 512 KiB at most.
 _MAX_WINDOW_BYTES: Final = 8 << 20
 
 

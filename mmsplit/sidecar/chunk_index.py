@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from mmsplit.codec import KNOWN_CODECS, LAYOUTS
+from mmsplit.codec import KNOWN_CODECS, LAYOUTS, PLANES
 from mmsplit.sidecar.layout import (
     CHUNK_ALIGNMENT,
     CHUNK_BYTES,
@@ -82,6 +82,7 @@ def find_fault(index: ChunkIndex, tensor_bytes: Sequence[int], data_stop: int) -
         (stop > data_stop, "reaches past the payload's data"),
         (~np.isin(index["codec"], tuple(KNOWN_CODECS)), "has an unknown codec"),
         (index["layout"] >= len(LAYOUTS), "has an unknown word layout"),
+        ((index["layout"] != 0) & (index["codec"] != PLANES), "has a word layout but is not in planes"),
         (index["reserved"] != 0, "has reserved bits set"),
     ):
         if bad.any():

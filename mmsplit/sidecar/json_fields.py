@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 from mmsplit.checkpoint.weights_index import is_plain_name
@@ -15,7 +15,8 @@ T = TypeVar("T")
 def load_json_object(data: bytes, path: str) -> dict[str, object]:
     """Parse JSON text that must be one object; refuses keys that occur twice, NaN and Infinity."""
     try:
-        value = json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        # Strictly UTF-8: json.loads would also take UTF-16 and 32, and a byte order mark.
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"manifest is not JSON: {error}", path=path) from None
     if not isinstance(value, dict):
@@ -56,6 +57,13 @@ class Fields:
     def optional(self, key: str, kind: type[T]) -> T | None:
         """Return a field of that type, or None if it is null or missing."""
         return None if self.values.get(key) is None else self.get(key, kind)
+
+    def one_of(self, key: str, known: Sequence[str]) -> str:
+        """Return a word that must be known here; raises `FormatError` that names it."""
+        value = self.get(key, str)
+        if value not in known:
+            self.fail(f"{key} {value[:40]!r} is not one this mmsplit reads; it knows {', '.join(known)}")
+        return value
 
     def count(self, key: str) -> int:
         """Return an unsigned 64-bit integer."""

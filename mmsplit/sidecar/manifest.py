@@ -15,7 +15,7 @@ from mmsplit.dtypes import DTYPES
 from mmsplit.errors import FormatError, IntegrityError
 from mmsplit.sidecar.framing import FORMAT_VERSION, require_version
 from mmsplit.sidecar.json_fields import Fields, load_json_object
-from mmsplit.sidecar.layout import CHUNK_BYTES, chunk_count_of
+from mmsplit.sidecar.layout import CHUNK_BYTES, DATA_START, chunk_count_of
 
 PARTITION_FORMAT: Final = "mmsplit-partition"
 CHECKSUM_KIND: Final = "xxh3_64"
@@ -270,11 +270,22 @@ def _require_consistent(manifest: Manifest, fields: Fields) -> None:
         manifest.stored_bytes == sum(layer.stored_bytes for layer in manifest.layers),
         "stored_bytes is not the sum of its layers",
     )
-    for layer in manifest.layers:
+    require(fields.inner("payload").get("file", str) == payload_name(manifest.part_id), "payload has another name")
+    position = DATA_START
+    for layer, values in zip(manifest.layers, fields.each("layers"), strict=True):
+        require(values.count("total_params") == layer.total_params, f"total_params of {layer.name} do not fit")
+        require(values.count("total_bytes") == layer.total_bytes, f"total_bytes of {layer.name} do not fit")
+        require(layer.start == position <= layer.stop, f"{layer.name} does not begin where the layer before it ends")
+        require((layer.tied_to or 0) < manifest.num_parts, f"{layer.name} is tied to a partition that is none")
+        position = layer.stop
         for tensor in layer.tensors:
             require(_fits_shape(tensor), "dtype and shape do not fit params and bytes", tensor.name)
+    require(position == manifest.data_stop, "the last layer does not end where the data ends")
     chunk = 0
+    names: set[str] = set()
     for tensor in manifest.stored_tensors():
+        require(tensor.name not in names, "a tensor is stored twice", tensor.name)
+        names.add(tensor.name)
         require(tensor.first_chunk == chunk, "chunks are not numbered in order", tensor.name)
         require(tensor.chunk_count == chunk_count_of(tensor.size_bytes), "chunk count does not fit", tensor.name)
         require(

@@ -63,7 +63,8 @@ class OutputDirectory:
     def prepare(self, identity: Mapping[str, object], existing: Existing) -> Found:
         """Settle what is there already and return what this run starts from.
 
-        `identity` says what the run makes; only a run of the same identity may be continued.  Raises
+        `identity` says what the run makes; only a run of the same identity may be continued.  A finished
+        set records less of it (not the encoder), and is held to that.  Raises
         `OutputExistsError`; nothing is removed that mmsplit did not write, and that only with "force".
         """
         manifest_path = self.path / SET_MANIFEST_NAME
@@ -76,7 +77,9 @@ class OutputDirectory:
             return "unfinished"
         if manifest_path.exists():
             manifest = self._read_set_manifest()
-            self._require_same(_identity_of(manifest), identity, existing, "a finished partition set")
+            recorded = _identity_of(manifest)
+            wanted = {key: identity[key] for key in recorded}
+            self._require_same(recorded, wanted, existing, "a finished partition set")
             self._require_complete(manifest)
             return "finished"
         # A run killed while it wrote its first state left no more than that.

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 import zstandard
 
+from mmsplit.codec import CODEC_NAMES
 from mmsplit.errors import IntegrityError
 from mmsplit.sidecar.framing import FORMAT_VERSION, require_version
 from mmsplit.sidecar.json_fields import Fields, load_json_object
@@ -153,7 +154,7 @@ def parse_set_manifest(data: bytes, path: str) -> SetManifest:
         revision=fields.optional("revision", str),
         plan_digest=fields.sha256("plan_digest"),
         source_digest=fields.sha256("source_digest"),
-        codec=fields.get("codec", str),
+        codec=fields.one_of("codec", CODEC_NAMES),
         tied=fields.get("tied", str),
         shards=tuple(
             ShardEntry(f.plain_name("name"), f.count("bytes"), f.sha256("sha256"), _kept(f.inner("header")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import xxhash
@@ -29,10 +29,18 @@ from mmsplit.workers import JobStream, WorkerGroup, default_threads
 
 Array = NDArray[Any]
 
+#: Stored bytes beyond a tensor that the kernel is asked to read with it.
+_READ_AHEAD_BYTES: Final = 32 << 20
+
 
 class _Chunk(NamedTuple):
     number: int
     out: memoryview
+
+
+class _Decoder(NamedTuple):
+    chunks: ChunkDecoder
+    scratch: Scratch
 
 
 class Partition(Mapping[str, Array]):
@@ -50,6 +58,7 @@ class Partition(Mapping[str, Array]):
         self._files = files
         self._verify = verify
         self._threads = threads
+        self._decoders: list[_Decoder] = []  # those not in use; append and pop are atomic
         self._entries = {tensor.name: tensor for tensor in files.tensors}
         self._aliases = {
             layer.alias: layer.tensors[0].name
@@ -176,27 +185,45 @@ class Partition(Mapping[str, Array]):
             for number in range(entry.chunk_count)
         )
 
-        def make_worker() -> Callable[[_Chunk], None]:
-            decoder, scratch = ChunkDecoder(), Scratch()
-            return lambda chunk: self._decode_chunk(chunk, entry, decoder, scratch, verify)
+        self._read_ahead(entry)
+        threads = max(1, min(self._threads, entry.chunk_count))
+        decoders = [self._take_decoder() for _ in range(threads)]
+        try:
+            if threads == 1:
+                for chunk in chunks:
+                    self._decode_chunk(chunk, entry, decoders[0], verify)
+                return
+            free = iter(decoders)
 
-        threads = min(self._threads, entry.chunk_count)
-        if threads <= 1:
-            work = make_worker()
-            for chunk in chunks:
-                work(chunk)
-            return
-        group = WorkerGroup()
-        group.start_many("load", threads, JobStream(chunks), make_worker)
-        group.join()
+            def make_worker() -> Callable[[_Chunk], None]:
+                decoder = next(free)
+                return lambda chunk: self._decode_chunk(chunk, entry, decoder, verify)
 
-    def _decode_chunk(
-        self, chunk: _Chunk, entry: TensorEntry, decoder: ChunkDecoder, scratch: Scratch, verify: bool
-    ) -> None:
+            group = WorkerGroup()
+            group.start_many("load", threads, JobStream(chunks), make_worker)
+            group.join()
+        finally:
+            self._decoders += decoders
+
+    def _take_decoder(self) -> _Decoder:
+        """Take a decoder that no thread uses; fresh ones cost page faults, so they are kept from read to read."""
+        try:
+            return self._decoders.pop()
+        except IndexError:
+            return _Decoder(ChunkDecoder(), Scratch())
+
+    def _read_ahead(self, entry: TensorEntry) -> None:
+        """Tell the kernel what is read now, and what is likely to be read next: tensors lie in forward order."""
+        if entry.chunk_count:
+            start, _, _ = self._files.encoded(entry.first_chunk)
+            _, stop, _ = self._files.encoded(entry.first_chunk + entry.chunk_count - 1)
+            self._files.reader.will_need(start, stop + _READ_AHEAD_BYTES)
+
+    def _decode_chunk(self, chunk: _Chunk, entry: TensorEntry, decoder: _Decoder, verify: bool) -> None:
         start, stop, encoded = self._files.encoded(chunk.number)
         try:
-            with self._files.reader.borrow(start, stop, scratch) as stored:
-                decoder.decode(stored, encoded, chunk.out)
+            with self._files.reader.borrow(start, stop, decoder.scratch) as stored:
+                decoder.chunks.decode(stored, encoded, chunk.out)
         except IntegrityError as error:
             raise IntegrityError(
                 f"chunk is damaged: {error.what}",

@@ -13,12 +13,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from mmsplit.checkpoint import Checkpoint, IoMode, ReaderPool, ShardHasher, open_checkpoint
-from mmsplit.codec import CODEC_NAMES, CodecName
-from mmsplit.errors import RequestError, SourceChangedError
+import xxhash
+
+from mmsplit.checkpoint import Checkpoint, IoMode, ReaderPool, Scratch, ShardHasher, open_checkpoint
+from mmsplit.codec import CODEC_NAMES, ENCODER, CodecName
+from mmsplit.errors import OutputExistsError, RequestError, SourceChangedError
 from mmsplit.planning import (
     By,
     Plan,
@@ -29,7 +32,7 @@ from mmsplit.planning import (
     plan_checkpoint,
 )
 from mmsplit.sidecar.framing import pack_header
-from mmsplit.sidecar.layout import DATA_START, Slot, iter_slots, largest_payload_bytes
+from mmsplit.sidecar.layout import CHUNK_BYTES, DATA_START, Slot, iter_slots, largest_payload_bytes
 from mmsplit.sidecar.manifest import format_manifest, manifest_name, parse_manifest, payload_name
 from mmsplit.sidecar.manifest_builder import Origin, build_manifest
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory, free_bytes
@@ -44,6 +47,7 @@ from mmsplit.sidecar.set_manifest import (
     format_set_manifest,
     parse_set_manifest,
 )
+from mmsplit.sidecar.set_reader import open_partition_of_set
 from mmsplit.sidecar.slot_encoder import SlotEncoder
 from mmsplit.sidecar.small_files import copy_small_files
 from mmsplit.workers import (
@@ -56,6 +60,8 @@ from mmsplit.workers import (
 
 #: Threads beyond those that encode: while they wait for the disk, the others have work.
 _EXTRA_THREADS: Final = 2
+#: Chunks per partition that are compared before a finished set is taken for one of this source.
+_WEIGHT_SAMPLES: Final = 16
 #: How many slots ahead the kernel is asked to read.
 _READ_AHEAD_SLOTS: Final = 16
 #: Slots encoded on trial when the free space is less than the worst case.
@@ -188,6 +194,12 @@ class _PartitionRun:
     def slots(self) -> Iterator[Slot]:
         return iter_slots(iter_stored(self.partition))
 
+    def intact_bytes(self) -> int:
+        """Raw bytes that an earlier run stored and `writer` found intact."""
+        if self.writer.is_finished:
+            return self.partition.total_bytes
+        return sum(slot.raw_bytes for slot in islice(self.slots(), self.writer.recovered_slots))
+
     def largest_bytes(self) -> int:
         return largest_payload_bytes(self.partition.total_bytes, self.chunk_count, self.slot_count)
 
@@ -244,6 +256,7 @@ class _SplitRun:
         if found == "finished":
             path = self._out.path / SET_MANIFEST_NAME
             manifest = parse_set_manifest(path.read_bytes(), str(path))
+            _require_same_weights(self._checkpoint, self._out.path, manifest)
             return SplitResult(self._out.path, self._plan, manifest, self._planned_bytes(), True)
         parts = [
             _PartitionRun(part, self._origin, self._out.path, self._options.direct) for part in self._plan.partitions
@@ -279,6 +292,7 @@ class _SplitRun:
             "codec": self._options.codec,
             "model_id": self._origin.model_id,
             "revision": self._origin.revision,
+            "encoder": ENCODER,
         }
 
     def _write_state(self) -> None:
@@ -307,16 +321,11 @@ class _SplitRun:
         self._shard_sha256 = dict(digests) if isinstance(digests, dict) else {}
         counter = ProgressCounter("re-hash", self._planned_bytes(), self._progress)
         for part in parts:
-            intact: list[Slot] = []
-
-            def count(slot: Slot, intact: list[Slot] = intact) -> None:
-                intact.append(slot)
-                counter.add(slot.raw_bytes)
-
-            if not part.writer.adopt_finished(part.slots(), part.manifest_path, count):
-                intact.clear()
-                part.writer.recover(part.slots(), count)
-            self._resumed_bytes += sum(slot.raw_bytes for slot in intact)
+            if not part.writer.adopt_finished(
+                part.slots(), part.manifest_path, lambda slot: counter.add(slot.raw_bytes)
+            ):
+                part.writer.recover(part.slots(), lambda slot: counter.add(slot.raw_bytes))
+            self._resumed_bytes += part.intact_bytes()
 
     def _stream(self, parts: Sequence[_PartitionRun], readers: ReaderPool) -> None:
         unfinished = [part for part in parts if not part.writer.is_finished]
@@ -385,6 +394,31 @@ class _SplitRun:
             files=files,
             partitions=tuple(part.entry() for part in parts),
         )
+
+
+def _require_same_weights(checkpoint: Checkpoint, root: Path, manifest: SetManifest) -> None:
+    """Compare a few chunks of each partition with the source: a fine-tune has the same headers as its base model."""
+    scratch = Scratch()
+    with ReaderPool(checkpoint, "pread") as readers:
+        for entry in manifest.partitions:
+            with open_partition_of_set(root, manifest, entry.part_id, "pread") as partition:
+                count = len(partition.index)
+                for chunk in sorted({number * count // _WEIGHT_SAMPLES for number in range(_WEIGHT_SAMPLES) if count}):
+                    record = partition.index[chunk]
+                    tensor = partition.tensors[int(record["tensor"])]
+                    start = tensor.source_start + (chunk - tensor.first_chunk) * CHUNK_BYTES
+                    with (
+                        readers.lend(tensor.shard) as reader,
+                        reader.borrow(start, start + int(record["raw_bytes"]), scratch) as raw,
+                    ):
+                        same = xxhash.xxh3_64_intdigest(raw) == int(record["raw_xxh3"])
+                    if not same:
+                        raise OutputExistsError(
+                            "output holds a finished partition set of a source with other weights",
+                            path=root,
+                            tensor=tensor.name,
+                            hint="Choose another directory, or use --force to replace it.",
+                        )
 
 
 def _iter_jobs(parts: Sequence[_PartitionRun]) -> Iterator[_Job]:

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmsplit.codec import CODEC_NAMES
 from mmsplit.dtypes import DTYPES
 from mmsplit.errors import FormatError, IntegrityError, MmsplitError
 from mmsplit.sidecar.json_fields import Fields, load_json_object
-from mmsplit.sidecar.layout import chunk_count_of
+from mmsplit.sidecar.layout import DATA_START, chunk_count_of
 from mmsplit.sidecar.manifest import (
     LayerEntry,
     Manifest,
@@ -43,8 +44,9 @@ _text = st.text(max_size=12)
 
 @st.composite
 def _manifests(draw: st.DrawFn) -> Manifest:
-    chunk = 0
-    layers = []
+    chunk, position = 0, DATA_START
+    num_parts = draw(st.integers(1, 2**32 - 1))
+    layers: list[LayerEntry] = []
     for number in range(draw(st.integers(0, 3))):
         alias = draw(st.none() | _text)
         stored = alias is None or draw(st.booleans())
@@ -63,7 +65,7 @@ def _manifests(draw: st.DrawFn) -> Manifest:
             start = draw(_count)
             xxh3 = draw(_xxh3) if stored else None
             tensors.append(
-                TensorEntry(draw(_text), dtype, shape, params, size_bytes, xxh3, chunk, count, draw(_plain), start,
+                TensorEntry(f"{draw(_text)}{number}.{len(tensors)}", dtype, shape, params, size_bytes, xxh3, chunk, count, draw(_plain), start,
                             start + size_bytes)
             )  # fmt: skip
             chunk += count
@@ -73,25 +75,25 @@ def _manifests(draw: st.DrawFn) -> Manifest:
                 layer_type=draw(_text),
                 stack=draw(st.none() | _text),
                 block_index=draw(st.none() | st.integers(0, 999)),
-                start=draw(_count),
-                stop=draw(_count),
+                start=position,
+                stop=(position := position + draw(st.integers(0, 2**40))),
                 stored_bytes=draw(st.integers(0, 2**40)),
                 tensors=tuple(tensors),
                 alias=alias,
-                tied_to=None if alias is None else number,
+                tied_to=None if alias is None else number % num_parts,
                 stored=stored,
             )
         )
-    num_parts = draw(st.integers(1, 2**32 - 1))
+    part_id = draw(st.integers(0, num_parts - 1))
     return Manifest(
-        part_id=draw(st.integers(0, num_parts - 1)),
+        part_id=part_id,
         num_parts=num_parts,
         model_id=draw(_text),
         revision=draw(st.none() | _text),
         plan_digest=draw(_digest),
         source_digest=draw(_digest),
-        payload_file=draw(_plain),
-        data_stop=draw(_count),
+        payload_file=payload_name(part_id),
+        data_stop=position,
         chunk_count=chunk,
         index_xxh3=draw(_xxh3),
         stored_bytes=sum(layer.stored_bytes for layer in layers),
@@ -112,7 +114,7 @@ def _set_manifests(draw: st.DrawFn) -> SetManifest:
         revision=draw(st.none() | _text),
         plan_digest=draw(_digest),
         source_digest=draw(_digest),
-        codec=draw(_text),
+        codec=draw(st.sampled_from(CODEC_NAMES)),
         tied=draw(_text),
         shards=tuple(ShardEntry(name, draw(_count), draw(_digest), draw(_kept)) for name in names[:cut]),
         weights_index=index,
@@ -167,9 +169,9 @@ def test_a_manifest_is_one_line_per_tensor() -> None:
 def _base() -> dict:
     tensor = {"name": "t", "dtype": "U8", "shape": [3], "params": 3, "bytes": 3, "xxh3": "0" * 16, "chunks": [0, 1],
               "shard": "s", "source_range": [80, 83]}  # fmt: skip
-    layer = {"name": "a", "layer_type": "block", "total_params": 3, "total_bytes": 3, "stored_bytes": 3, "start": 0,
-             "stop": 0, "tensors": [tensor]}  # fmt: skip
-    payload = {"file": "b", "checksum": "xxh3_64", "chunk_bytes": 4 << 20, "chunk_count": 1, "data_stop": 8192,
+    layer = {"name": "a", "layer_type": "block", "total_params": 3, "total_bytes": 3, "stored_bytes": 3, "start": 4096,
+             "stop": 8192, "tensors": [tensor]}  # fmt: skip
+    payload = {"file": "partition_0.bin", "checksum": "xxh3_64", "chunk_bytes": 4 << 20, "chunk_count": 1, "data_stop": 8192,
                "index_xxh3": "0" * 16}  # fmt: skip
     return {"format": "mmsplit-partition", "format_version": 1, "part_id": 0, "num_parts": 1, "model_id": "m",
             "plan_digest": "sha256:" + "0" * 64, "source_digest": "sha256:" + "0" * 64, "total_params": 3,
@@ -196,6 +198,12 @@ def _change(key: str, value: object) -> Callable[[dict], None]:
         ("payload.checksum", "md5", FormatError, "checksum is not one this mmsplit reads.*expected xxh3_64"),
         ("payload.chunk_bytes", 1 << 20, FormatError, "chunk_bytes is not one this mmsplit reads"),
         ("payload.file", "../b", FormatError, "not a plain file name"),
+        ("payload.file", "partition_1.bin", IntegrityError, "payload has another name"),
+        ("payload.data_stop", 12288, IntegrityError, "last layer does not end"),
+        ("layers.0.start", 8192, IntegrityError, "does not begin where the layer before it ends"),
+        ("layers.0.total_bytes", 4, IntegrityError, "total_bytes of a do not fit"),
+        ("layers.0.total_params", 4, IntegrityError, "total_params of a do not fit"),
+        ("layers.0.tied_to", 1, IntegrityError, "tied to a partition that is none"),
         ("payload.index_xxh3", "0" * 15, FormatError, "not a checksum"),
         ("plan_digest", "md5:" + "0" * 64, FormatError, "not a digest of a kind known here"),
         ("plan_digest", "sha256:" + "A" * 64, FormatError, "not a digest"),

@@ -10,9 +10,11 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import CAUSAL_CONFIG, MIB, Weight, flip, llama_weights, open_descriptors, tree, write_checkpoint
 from children import at_bytes, die, die_at_change, in_child
+from safetensors.numpy import save_file
 
 from mmsplit.errors import (
     FormatError,
@@ -21,6 +23,7 @@ from mmsplit.errors import (
 )
 from mmsplit.sidecar.output_directory import LOCK_NAME, STATE_NAME
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME
+from mmsplit.verbs import split as split_module
 from mmsplit.verbs.load import open_set
 from mmsplit.verbs.split import split
 from mmsplit.verbs.verify import verify
@@ -444,3 +447,35 @@ def test_the_state_is_readable(large: Path, tmp_path: Path) -> None:
 def test_die_is_a_kill() -> None:
     """The helper ends a child by signal 9, so that no handler and no `finally` can run."""
     assert in_child(die).signal == 9
+
+
+def test_a_finished_set_of_other_weights_is_not_taken_for_this_source(tmp_path: Path) -> None:
+    """Two fine-tunes have the same headers; --resume must not call the one's set finished for the other."""
+    sources = [tmp_path / "a" / "model", tmp_path / "b" / "model"]
+    for number, source in enumerate(sources):
+        source.mkdir(parents=True)
+        tensors = {f"model.layers.{i}.w.weight": np.full(3000, number + i, np.float32) for i in range(4)}
+        save_file(tensors, source / "model.safetensors")
+    out = tmp_path / "out"
+    split(sources[0], out, 2)
+    assert split(sources[0], out, 2, existing="resume").already_finished
+    with pytest.raises(OutputExistsError, match="other weights"):
+        split(sources[1], out, 2, existing="resume")
+
+
+def test_an_unfinished_split_of_another_encoder_is_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of zstd may give other bytes, and a set must not depend on where a run was interrupted."""
+    source = tmp_path / "model"
+    source.mkdir()
+    save_file({f"model.layers.{i}.w.weight": np.ones(3000, np.float32) for i in range(4)}, source / "model.safetensors")
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        split(source, tmp_path / "out", 2, progress=stop)
+    monkeypatch.setattr(split_module, "ENCODER", "planes 1, zstd 9.9.9")
+    with pytest.raises(OutputExistsError, match="another encoder"):
+        split(source, tmp_path / "out", 2, existing="resume")
