@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Final, Generic, NamedTuple, TypeVar
+
+from mmsplit.errors import RequestError
 
 J = TypeVar("J")
 
 #: An interrupt is seen after so long at the latest.
 _INTERRUPT_SECONDS: Final = 0.2
+_MOST: Final = 1024
+_MOST_BY_DEFAULT: Final = 16
 
 
 class Progress(NamedTuple):
@@ -43,11 +48,18 @@ class ProgressCounter:
             self._callback(Progress(self._stage, self._done, self._total))
 
 
-def default_threads() -> int:
-    """Return the number of processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def thread_count(threads: int | None) -> int:
+    """Return how many threads are to compute: what the caller wants, or the processors this process may use.
+
+    Each thread has some 8 MiB of buffers, so that without a wish there are no more than `_MOST_BY_DEFAULT`.  Raises
+    `RequestError` for a number that is none.
+    """
+    if threads is None:
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(available, _MOST_BY_DEFAULT)
+    if type(threads) is not int or not 1 <= threads <= _MOST:
+        raise RequestError(f"cannot work with {threads!r} threads", hint=f"Give a number from 1 to {_MOST}.")
+    return threads
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the error is elsewhere
@@ -93,15 +105,15 @@ class WorkerGroup:
                 ended.set()
 
         thread = threading.Thread(target=run, name=f"mmsplit-{name}", daemon=True)
+        self._threads.append((thread, ended))  # first: an interrupt may come between any two steps
         try:
             thread.start()
         except BaseException as error:  # no more threads to be had, or an interrupt: those that run must end
+            if not thread.is_alive():
+                ended.set()
             self._stop(error)
-            if thread.is_alive():
-                self._threads.append((thread, ended))
             self._join_all()
             raise
-        self._threads.append((thread, ended))
 
     def start_many(
         self, name: str, count: int, jobs: JobStream[J], make_worker: Callable[[], Callable[[J], None]]
@@ -120,23 +132,42 @@ class WorkerGroup:
             self.start(f"{name}-{number}", body)
 
     def join(self) -> None:
-        """Wait for all threads; raise the first error of any of them, after all have ended."""
-        try:
-            self._join_all()
-        except BaseException as error:
-            self._stop(error)
-            self._join_all()
-            raise
+        """Wait for all threads; raise the first error of any of them, after all have ended.
+
+        An interrupt stops the group; one that follows it does not cut the waiting short, since a thread that is
+        left behind might write to a file that is not ours any more.
+        """
+        self._join_all()
         if self._error is not None:
             raise self._error
 
+    def __enter__(self) -> WorkerGroup:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._stop(error)
+        self._join_all()
+        if error is None and self._error is not None:
+            raise self._error
+
     def _join_all(self) -> None:
+        while True:
+            try:
+                return self._join_each()
+            except BaseException as error:
+                self._stop(error)
+
+    def _join_each(self) -> None:
         for thread, ended in self._threads:
             # Not `join` alone: in Python 3.11 an interrupted `Thread.join` takes the thread for ended ever after.  Not
             # without end either: an interrupt just before the wait, or any on Windows, is seen when it is over.
             while not ended.wait(_INTERRUPT_SECONDS):
                 pass
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
 
     def _stop(self, error: BaseException) -> None:
         with self._lock:

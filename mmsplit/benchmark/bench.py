@@ -21,7 +21,7 @@ from mmsplit.synthetic import write_synthetic_checkpoint
 from mmsplit.verbs.load import open_set
 from mmsplit.verbs.split import split
 from mmsplit.verbs.verify import verify
-from mmsplit.workers import default_threads
+from mmsplit.workers import thread_count
 
 #: Bytes of weights a bench works on unless told otherwise.
 DEFAULT_SAMPLE_BYTES: Final = 1_000_000_000
@@ -29,6 +29,9 @@ DEFAULT_SAMPLE_BYTES: Final = 1_000_000_000
 _MEMORY_SAMPLE_BYTES: Final = 64 << 20
 #: A thread more must bring this much to be recommended.
 _WORTH_A_THREAD: Final = 1.05
+
+_SYNTHETIC_SMALL_BYTES: Final = 260_000_000
+_SYNTHETIC_FULL_BYTES: Final = 2_480_000_000
 
 Say = Callable[[str], None]
 
@@ -105,9 +108,10 @@ class BenchResult(NamedTuple):
         }
 
 
-def planned_write_bytes(sample_bytes: int = DEFAULT_SAMPLE_BYTES) -> int:
-    """Most bytes a bench has on disk at once: the sample, its partitions, and the file of the write test."""
-    return 3 * sample_bytes
+def planned_write_bytes(sample_bytes: int = DEFAULT_SAMPLE_BYTES, *, synthetic: bool = True) -> int:
+    """Most bytes a bench has on disk at once: the sample with its partitions, or with the checkpoint it is cut from."""
+    made = _SYNTHETIC_FULL_BYTES if sample_bytes > _SYNTHETIC_SMALL_BYTES else _SYNTHETIC_SMALL_BYTES
+    return sample_bytes + max(2 * sample_bytes, made if synthetic else 0)
 
 
 def bench(
@@ -128,19 +132,19 @@ def bench(
         base.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix="mmsplit-bench-", dir=base))
     try:
-        return _bench(source, work, sample_bytes, threads or default_threads(), say)
+        return _bench(source, work, sample_bytes, thread_count(threads), say)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _bench(source: str | Path | None, work: Path, sample_bytes: int, threads: int, say: Say) -> BenchResult:
-    needed, free = planned_write_bytes(sample_bytes), free_bytes(work)
+    needed, free = planned_write_bytes(sample_bytes, synthetic=source is None), free_bytes(work)
     if free < needed:
         raise _no_space(work, needed, free)
     origin = None if source is None else open_checkpoint(source)
     say("making the sample")
     if origin is None:
-        write_synthetic_checkpoint(work / "source", full=sample_bytes > 300_000_000)
+        write_synthetic_checkpoint(work / "source", full=sample_bytes > _SYNTHETIC_SMALL_BYTES)
         full = open_checkpoint(work / "source")
     else:
         full = origin

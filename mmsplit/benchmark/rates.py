@@ -79,9 +79,8 @@ def read_rate(path: Path, limit_bytes: int) -> float:
             return work
 
         started = time.perf_counter()
-        group = WorkerGroup()
-        group.start_many("read", _READERS, JobStream(iter(range(0, size, _READ_BYTES))), make_worker)
-        group.join()
+        with WorkerGroup() as group:
+            group.start_many("read", _READERS, JobStream(iter(range(0, size, _READ_BYTES))), make_worker)
         return size / (time.perf_counter() - started)
 
 
@@ -92,10 +91,9 @@ def write_rate(path: Path, size_bytes: int, *, direct: bool = True) -> tuple[flo
     file = PayloadFile(path, direct=direct)
     try:
         started = time.perf_counter()
-        group = WorkerGroup()
         blocks = JobStream(iter(range(0, size_bytes, SLOT_BYTES)))
-        group.start_many("write", 2, blocks, lambda: lambda offset: file.write_block(offset, block))
-        group.join()
+        with WorkerGroup() as group:
+            group.start_many("write", 2, blocks, lambda: lambda offset: file.write_block(offset, block))
         file.finish(size_bytes)
         return size_bytes / (time.perf_counter() - started), file.is_direct
     finally:
@@ -167,9 +165,8 @@ class CodecRates:
                 with lock:
                     return next(ready)
 
-            group = WorkerGroup()
-            group.start_many("codec", threads, JobStream(iter(range(len(self._chunks)))), take_worker)
-            group.join()
+            with WorkerGroup() as group:
+                group.start_many("codec", threads, JobStream(iter(range(len(self._chunks)))), take_worker)
 
         once()
         return self.raw_bytes / _median_seconds(once, 3)

@@ -58,6 +58,9 @@ class Checkpoint:
         self.total_params = sum(tensor.params for tensor in tensors.values())
         self._shard_by_name = {shard.name: shard for shard in shards}
 
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.model_id}: {len(self.tensors):,} tensors in {len(self.shards)} shards>"
+
     def open_shard(self, name: str, io: IoMode = "auto") -> FileReader:
         """Open a shard for reading; raises `SourceChangedError` if it is not the file whose header was read."""
         shard = self._shard_by_name[name]

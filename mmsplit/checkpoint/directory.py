@@ -22,35 +22,14 @@ PREFERRED_FAMILIES: Final = (
 )
 #: Files that hold weights, of whatever framework; never carried along as small files.
 WEIGHT_SUFFIXES: Final = frozenset(
-    [
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".gguf",
-        ".ggml",
-        ".h5",
-        ".msgpack",
-        ".onnx",
-        ".onnx_data",
-        ".tflite",
-        ".ot",
-        ".npz",
-        ".npy",
-        ".pdparams",
-        ".nemo",
-        ".zip",
-        ".tar",
-        ".gz",
-        ".zst",
-        ".mlmodel",
-        ".pb",
-        ".incomplete",
-        ".partial",
-        ".lock",
-    ]
+    f".{suffix}"
+    for suffix in (
+        *("safetensors", "bin", "pt", "pth", "ckpt", "gguf", "ggml", "h5"),
+        *("msgpack", "onnx", "onnx_data", "tflite", "ot", "pdparams", "nemo"),
+    )
 )
+#: Left over from downloads and runs; nobody's.
+_DEBRIS_SUFFIXES: Final = frozenset((".incomplete", ".partial", ".lock"))
 MAX_SMALL_FILE_BYTES: Final = 64 << 20
 MAX_SMALL_FILES: Final = 10_000
 _MAX_INDEX_BYTES: Final = 512 << 20
@@ -105,7 +84,10 @@ def _find(path: Path) -> CheckpointFiles:
     if path.suffix == SUFFIX:
         if not path.is_file():
             raise CheckpointError("not a regular file", path=path)
-        return CheckpointFiles(path.parent, (path,), None, b"", None, *_small_files(path.parent, deep=False))
+        numbered = _NUMBERED.match(path.name)
+        alone = [f"{path.name} is one of {int(numbered['count'])} shards, and is taken alone"] if numbered else []
+        small_files = _small_files(path.parent, alone, deep=False)
+        return CheckpointFiles(path.parent, (path,), None, b"", None, *small_files)
     raise CheckpointError(
         "not a safetensors file, a weights index or a directory",
         path=path,
@@ -119,6 +101,13 @@ def _in_directory(root: Path) -> CheckpointFiles:
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     families = {_family(name) for name in weights} | {name.removesuffix(INDEX_SUFFIX) for name in indexes}
     if not families:
+        partitions = [name for name in names if _PARTITION_FILE.match(name)]
+        if partitions:
+            raise CheckpointError(
+                "this directory holds partitions, not a checkpoint",
+                path=root,
+                hint=f"Merge the whole set first, or name one partition, such as {root / partitions[-1]}.",
+            )
         other = sorted({Path(name).suffix for name in names} & {".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5"})
         raise CheckpointError(
             "no .safetensors file in this directory",
@@ -259,6 +248,7 @@ def _walk(root: Path, deep: bool, notes: list[str]) -> Iterator[tuple[str, int]]
         notes.append(f"{error.filename} is not carried along: {error.strerror}")
 
     shards_below: list[str] = []
+    other_weights: list[str] = []
     for directory, folders, files in os.walk(root, onerror=unreadable):
         folders[:] = sorted(
             name for name in folders if deep and not name.startswith(".") and not _is_output(Path(directory, name))
@@ -266,11 +256,15 @@ def _walk(root: Path, deep: bool, notes: list[str]) -> Iterator[tuple[str, int]]
         prefix = Path(directory).relative_to(root)
         for name in sorted(files):
             path = Path(directory, name)
-            if path.suffix == SUFFIX and prefix.parts and not name.startswith("."):
+            if name.startswith("."):
+                continue
+            suffix = path.suffix.lower()
+            if suffix == SUFFIX and prefix.parts:
                 shards_below.append((prefix / name).as_posix())
+            elif suffix in WEIGHT_SUFFIXES and suffix != SUFFIX and not _PARTITION_FILE.match(name):
+                other_weights.append((prefix / name).as_posix())
             if (
-                name.startswith(".")
-                or path.suffix.lower() in WEIGHT_SUFFIXES
+                suffix in WEIGHT_SUFFIXES | _DEBRIS_SUFFIXES
                 or name.endswith(INDEX_SUFFIX)
                 or _PARTITION_FILE.match(name)
                 or not path.is_file()
@@ -278,3 +272,4 @@ def _walk(root: Path, deep: bool, notes: list[str]) -> Iterator[tuple[str, int]]
                 continue
             yield (prefix / name).as_posix(), path.stat().st_size
     notes += _note_left(shards_below, "in subfolders")
+    notes += _note_left(other_weights, "of other formats")

@@ -148,7 +148,9 @@ class FileReader:
     def will_need(self, start: int, stop: int) -> None:
         """Ask the kernel to start reading [start, stop); returns at once."""
         length = min(stop, self.size_bytes) - start
-        if length > 0 and hasattr(os, "posix_fadvise"):  # to the kernel, length 0 means: to the end of the file
+        if (
+            length > 0 and self._fd >= 0 and hasattr(os, "posix_fadvise")
+        ):  # to the kernel, length 0 means: to the end of the file
             os.posix_fadvise(self._fd, start, length, os.POSIX_FADV_WILLNEED)
 
     def require_unchanged(self) -> None:

@@ -5,8 +5,10 @@ stdout carries the result, stderr progress and messages.  Exit codes are those o
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 
@@ -16,40 +18,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command line and return its exit code; prints errors, raises only with --debug."""
+    """Run the command line and return its exit code; prints errors, with --debug their traceback, too."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character shows its code
     # numpy's BLAS would start threads that spin for a while; nothing here multiplies matrices.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import click
 
     from mmsplit.cli.app import app
-    from mmsplit.errors import MmsplitError
+    from mmsplit.errors import MmsplitError, OutputError
 
     debug = "--debug" in arguments
     words = [word for word in arguments if word != "--debug"]  # wherever it stands
     try:
         result = app.main(words, prog_name="mmsplit", standalone_mode=False)
-        sys.stdout.flush()
-        return result if isinstance(result, int) else 0
+        code = result if isinstance(result, int) else 0
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader of our output has gone; give Python nothing to complain about at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("mmsplit: interrupted. The same split or merge goes on with --resume.", err=True)
+    except (KeyboardInterrupt, click.Abort) as stop:
+        interrupted = isinstance(stop, KeyboardInterrupt) or isinstance(stop.__cause__, KeyboardInterrupt)
+        said = "interrupted. The same split or merge goes on with --resume." if interrupted else "nothing done"
+        click.echo(f"mmsplit: {said}", err=True)
         return 130
     except MmsplitError as error:
         if debug:
-            raise
-        click.echo(f"mmsplit: error: {error}", err=True)
+            traceback.print_exc()
+        from mmsplit.cli.render import clean
+
+        click.echo(clean(f"mmsplit: error: {error}"), err=True)
         return error.exit_code
-    except BrokenPipeError:
-        # The reader of our output has gone; give Python nothing to complain about at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        where = error.filename or "the result"
+        click.echo(f"mmsplit: error: {where}: {error.strerror or error}", err=True)
+        return OutputError.exit_code
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         click.echo(
             f"mmsplit: internal error: {type(error).__name__}: {error}. Run again with --debug for the traceback.",
             err=True,

@@ -8,7 +8,7 @@ import click
 
 from mmsplit.benchmark.bench import DEFAULT_SAMPLE_BYTES, BenchResult, bench, planned_write_bytes
 from mmsplit.cli.options import PATH, json_option
-from mmsplit.cli.render import echo_json, percent, size, table
+from mmsplit.cli.render import echo, echo_json, percent, size, table
 
 #: More than this is written only after asking.
 _ASK_ABOVE_BYTES = 4_000_000_000
@@ -44,7 +44,7 @@ def bench_command(
     Works on whole layers of SOURCE, or on a synthetic checkpoint, and cleans up after itself.
     """
     sample_bytes = int(sample_gb * 1e9)
-    writes = planned_write_bytes(sample_bytes)
+    writes = planned_write_bytes(sample_bytes, synthetic=source is None)
     if writes > _ASK_ABOVE_BYTES and not yes:
         click.confirm(f"This writes up to {size(writes)}. Go on?", abort=True, err=True)
     say = (lambda _: None) if quiet else (lambda step: click.echo(f"{step} …", err=True))
@@ -57,7 +57,7 @@ def bench_command(
     if model_gb is not None:
         seconds = result.seconds_for(int(model_gb * 1e9))
         times = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
-        click.echo(f"\n  a model of {model_gb:g} GB: {times}")
+        echo(f"\n  a model of {model_gb:g} GB: {times}")
 
 
 def _show(result: BenchResult) -> None:
@@ -81,12 +81,12 @@ def _show(result: BenchResult) -> None:
     ]
     rows.append((f"verify, {cold}", f"{result.threads} threads", _rate(result.verify)))
     rows.append((f"load, {cold}", f"{result.threads} threads", _rate(result.load)))
-    click.echo(f"{result.source}, {size(result.sample_bytes)} of it\n")
-    click.echo(table(("what", "by", "rate"), rows, (False, False, True)))
+    echo(f"{result.source}, {size(result.sample_bytes)} of it\n")
+    echo(table(("what", "by", "rate"), rows, (False, False, True)))
     limits = ", ".join(
         f"{name} {_rate(rate)}" for name, rate in sorted(result.limits.items(), key=lambda item: item[1])
     )
-    click.echo(
+    echo(
         f"\n  rates are raw bytes; a split here is limited by the {result.bottleneck} ({limits})"
         f"\n  use --threads {result.best_threads}"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mmsplit.cli.options import PATH, json_option, unknown_dtypes_option
-from mmsplit.cli.render import count, echo_json, layer_table, notes, percent, size, table
+from mmsplit.cli.render import count, echo, echo_json, layer_table, notes, percent, size, table
 from mmsplit.verbs.inspect import CheckpointInfo, PartitionInfo, SetInfo, inspect
 
 
@@ -33,28 +33,28 @@ def _show_checkpoint(info: CheckpointInfo, every_layer: bool) -> None:
     checkpoint = info.checkpoint
     facts = info.as_json()["dtypes"]
     dtypes = ", ".join(f"{dtype} {size(total)}" for dtype, total in facts.items()) if isinstance(facts, dict) else ""
-    click.echo(
+    echo(
         f"{checkpoint.model_id}: {size(checkpoint.total_bytes)}, {count(checkpoint.total_params)} parameters,"
         f" {len(checkpoint.tensors):,} tensors in {len(checkpoint.shards)} shard(s); {dtypes}\n"
     )
-    click.echo(layer_table(info.layers, every=every_layer))
+    echo(layer_table(info.layers, every=every_layer))
     notes(info.notes)
 
 
 def _show_partition(info: PartitionInfo, every_layer: bool) -> None:
     manifest = info.manifest
-    click.echo(
+    echo(
         f"partition {manifest.part_id} of {manifest.num_parts} of {manifest.model_id}:"
         f" {size(manifest.total_bytes)} stored in {size(manifest.stored_bytes)}"
         f" ({percent(manifest.stored_bytes, manifest.total_bytes)}),"
         f" {count(manifest.total_params)} parameters, {len(manifest.stored_tensors()):,} tensors\n"
     )
-    click.echo(layer_table(manifest.layers, every=every_layer))
+    echo(layer_table(manifest.layers, every=every_layer))
 
 
 def _show_set(info: SetInfo) -> None:
     manifest = info.manifest
-    click.echo(
+    echo(
         f"{manifest.model_id}: {len(manifest.partitions)} partitions, {size(manifest.total_bytes)} stored in"
         f" {size(manifest.stored_bytes)} ({percent(manifest.stored_bytes, manifest.total_bytes)}), codec"
         f" {manifest.codec}\n"
@@ -70,7 +70,7 @@ def _show_set(info: SetInfo) -> None:
         )
         for entry in manifest.partitions
     ]
-    click.echo(table(("partition", "params", "raw", "stored", "ratio", ""), rows, (True,) * 5 + (False,)))
+    echo(table(("partition", "params", "raw", "stored", "ratio", ""), rows, (True,) * 5 + (False,)))
     shards = len(manifest.shards)
-    click.echo(f"\n  merges into {shards} shard(s), {size(sum(shard.size_bytes for shard in manifest.shards))}")
-    click.echo(f"  root digest {manifest.root_digest}")
+    echo(f"\n  merges into {shards} shard(s), {size(sum(shard.size_bytes for shard in manifest.shards))}")
+    echo(f"  root digest {manifest.root_digest}")

@@ -9,7 +9,7 @@ import click
 from mmsplit.checkpoint import IoMode
 from mmsplit.cli.options import PATH, json_option, work_options
 from mmsplit.cli.progress import ProgressDisplay
-from mmsplit.cli.render import echo_json, size
+from mmsplit.cli.render import echo, echo_json, size
 from mmsplit.verbs.merge import merge
 
 
@@ -30,5 +30,5 @@ def merge_command(
         return
     for shard in result.shards:
         kept = "  (was there already)" if shard.name in result.kept else ""
-        click.echo(f"{shard.sha256.removeprefix('sha256:')}  {result.path / shard.name}{kept}")
+        echo(f"{shard.sha256.removeprefix('sha256:')}  {result.path / shard.name}{kept}")
     click.echo(f"{size(result.total_bytes)} in {len(result.shards)} shard(s), SHA-256 as split", err=True)

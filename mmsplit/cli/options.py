@@ -10,7 +10,20 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-PATH = click.Path(path_type=Path)
+
+class _AnyPath(click.ParamType[Path]):
+    """A path as it is given; what is wrong with it is for the verbs to say.  Empty text is no path."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Refuse empty text, which would mean the current directory."""
+        if value in ("", b""):
+            self.fail("the path is empty", param, ctx)
+        return Path(value)
+
+
+PATH = _AnyPath()
 
 
 class NameList(click.ParamType[tuple[str, ...]]):
@@ -85,10 +98,10 @@ def work_options(command: F) -> F:
             ),
             click.option(
                 "--io",
-                type=click.Choice(["auto", "mmap", "pread"]),
+                type=click.Choice(["auto", "pread"]),
                 default="auto",
                 show_default=True,
-                help="How to read: auto maps files nobody can truncate meanwhile, and reads the others.",
+                help="How to read: auto maps files that nobody can truncate meanwhile, and reads the others.",
             ),
             click.option("-q", "--quiet", is_flag=True, help="No progress."),
         )

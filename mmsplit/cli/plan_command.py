@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mmsplit.cli.options import PATH, json_option, planning_options
-from mmsplit.cli.render import count, echo_json, layer_range, notes, percent, size, table
+from mmsplit.cli.render import count, echo, echo_json, layer_range, notes, percent, size, table
 from mmsplit.planning import By, Plan, TiedMode
 from mmsplit.verbs.plan import plan
 
@@ -57,7 +57,7 @@ def show_plan(plan: Plan) -> None:
         )
         for part in plan.partitions
     ]
-    click.echo(
+    echo(
         table(
             ("partition", "layers", "count", "params", "size", "share"),
             rows,
@@ -65,7 +65,7 @@ def show_plan(plan: Plan) -> None:
         )
     )
     balance = plan.balance
-    click.echo(
+    echo(
         f"\n  balanced by {balance.by}: partition {balance.bottleneck} is the bottleneck,"
         f" {100 * balance.excess:.1f} % above a perfect split"
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
 
@@ -10,6 +12,8 @@ import click
 
 from mmsplit.planning import PlannedLayer
 
+#: Longest text in a cell of a table, in characters.
+_CELL_LIMIT: Final = 120
 _UNITS: Final = ("", "k", "M", "G", "T", "P")
 
 
@@ -28,9 +32,23 @@ class LayerLike(Protocol):
     def total_bytes(self) -> int: ...  # noqa: D102
 
 
+def clean(text: str, limit: int | None = None) -> str:
+    """Escape what does not print: names come from files of strangers, and a terminal obeys what it is sent."""
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return shown if limit is None or len(shown) <= limit else f"{shown[: limit - 1]}…"
+
+
+def echo(text: str) -> None:
+    """Print a line of the result.  That its reader has gone is not our error: the command ends as it would have."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def echo_json(value: object) -> None:
     """Print a result for programs."""
-    click.echo(json.dumps(value, indent=1))
+    echo(json.dumps(value, indent=1))
 
 
 def size(count_bytes: float) -> str:
@@ -60,7 +78,7 @@ def percent(part: float, whole: float) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[bool]) -> str:
     """Return aligned columns; numeric ones are set to the right."""
-    lines = [list(head), *(list(row) for row in rows)]
+    lines = [list(head), *([clean(cell, _CELL_LIMIT) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join(
         "  "
@@ -110,4 +128,4 @@ def _groups(layers: Sequence[LayerLike], every: bool) -> list[list[LayerLike]]:
 def notes(lines: Iterable[str]) -> None:
     """Print notes to stderr."""
     for line in lines:
-        click.echo(f"note: {line}", err=True)
+        click.echo(f"note: {clean(line)}", err=True)

@@ -9,7 +9,7 @@ import click
 from mmsplit.checkpoint import IoMode
 from mmsplit.cli.options import PATH, json_option, planning_options, work_options
 from mmsplit.cli.progress import ProgressDisplay
-from mmsplit.cli.render import echo_json, layer_range, notes, percent, size, table
+from mmsplit.cli.render import echo, echo_json, layer_range, notes, percent, size, table
 from mmsplit.codec import CodecName
 from mmsplit.planning import By, TiedMode
 from mmsplit.sidecar.output_directory import Existing
@@ -86,9 +86,9 @@ def split_command(
 
 def _show(result: SplitResult) -> None:
     if result.already_finished:
-        click.echo(f"{result.path} holds this split already; nothing to do")
+        echo(f"{result.path} holds this split already; nothing to do")
     elif result.resumed_bytes:
-        click.echo(f"{size(result.resumed_bytes)} were there already, intact")
+        echo(f"{size(result.resumed_bytes)} were there already, intact")
     rows = [
         (
             str(entry.part_id),
@@ -99,5 +99,5 @@ def _show(result: SplitResult) -> None:
         )
         for entry, part in zip(result.manifest.partitions, result.plan.partitions, strict=True)
     ]
-    click.echo(table(("partition", "layers", "raw", "stored", "ratio"), rows, (True, False, True, True, True)))
-    click.echo(f"\n  root digest {result.root_digest}")
+    echo(table(("partition", "layers", "raw", "stored", "ratio"), rows, (True, False, True, True, True)))
+    echo(f"\n  root digest {result.root_digest}")

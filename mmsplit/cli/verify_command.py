@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from mmsplit.checkpoint import IoMode
-from mmsplit.cli.options import PATH, json_option, work_options
+from mmsplit.cli.options import PATH, json_option, unknown_dtypes_option, work_options
 from mmsplit.cli.progress import ProgressDisplay
-from mmsplit.cli.render import echo_json, size
+from mmsplit.cli.render import clean, echo, echo_json, size
 from mmsplit.errors import IntegrityError
 from mmsplit.sidecar.partition_reader import Fault
 from mmsplit.verbs.verify import Level, verify
@@ -25,12 +25,14 @@ from mmsplit.verbs.verify import Level, verify
     help="quick: structure and sizes; stored: every stored byte; full: and decode it all.",
 )
 @click.option("--against", type=PATH, help="A checkpoint to compare the partitions with, byte for byte.")
+@unknown_dtypes_option
 @work_options
 @json_option
 def verify_command(
     path: Path,
     level: Level,
     against: Path | None,
+    allow_unknown_dtypes: bool,
     threads: int | None,
     io: IoMode,
     quiet: bool,
@@ -38,18 +40,30 @@ def verify_command(
 ) -> int:
     """Verify the partition set SET, or one partition, and report all damage."""
     with ProgressDisplay(quiet) as progress:
-        result = verify(path, level=level, against=against, threads=threads, io=io, progress=progress)
+        result = verify(
+            path,
+            level=level,
+            against=against,
+            allow_unknown_dtypes=allow_unknown_dtypes,
+            threads=threads,
+            io=io,
+            progress=progress,
+        )
     if as_json:
         echo_json(result.as_json())
     elif result.ok:
-        click.echo(
+        echo(
             f"ok: {result.partition_count} partition(s), {size(result.checked_bytes)} read, level {level}"
             + (f", same as {against}" if against else "")
         )
     else:
         for fault in result.problems:
-            click.echo(_line(fault))
-        click.echo(f"mmsplit: {len(result.problems)} problem(s) found", err=True)
+            echo(clean(_line(fault)))
+        click.echo(
+            f"mmsplit: {len(result.problems)} problem(s) found. Copy what is damaged again.\n"
+            "A node that has only some partitions verifies each by its name: mmsplit verify DIR/partition_K.json",
+            err=True,
+        )
     return 0 if result.ok else IntegrityError.exit_code
 
 

@@ -124,14 +124,17 @@ def _shares(request: PlanRequest, unit_count: int) -> tuple[Fraction, ...]:
         raise PlanError("checkpoint has no tensors, so there is nothing to plan")
     possible = f"This checkpoint can be cut into 1 to {min(unit_count, MAX_PARTS):,} partitions."
     if not counts:
-        raise PlanError("nobody said into how many partitions", hint=possible)
+        raise PlanError(
+            "nobody said into how many partitions",
+            hint=f"{possible} Give num_parts (--num-parts), weights or boundaries.",
+        )
     if len(set(counts.values())) > 1:
         said = ", ".join(f"{what} says {count}" for what, count in counts.items())
         raise PlanError(f"number of partitions is not clear: {said}", hint=possible)
     num_parts = next(iter(counts.values()))
-    if not 1 <= num_parts <= min(unit_count, MAX_PARTS):
+    if type(num_parts) is not int or not 1 <= num_parts <= min(unit_count, MAX_PARTS):
         raise PlanError(
-            f"{num_parts} is no possible number of partitions; there are {unit_count:,} layers, and each partition"
+            f"{num_parts!r} is no possible number of partitions; there are {unit_count:,} layers, and each partition"
             " needs at least one",
             hint=possible,
         )
@@ -154,7 +157,9 @@ def _weight(value: float | str | Fraction) -> Fraction:
     except (ValueError, ZeroDivisionError):
         weight = Fraction(0)
     if not 0 < weight <= 10**9 or weight.denominator > 10**9:
-        raise PlanError(f"weight {text[:40]!r} is not a positive number", hint="Give weights such as 3,2,1.")
+        raise PlanError(
+            f"weight {text[:40]!r} is not a positive number up to 1,000,000,000", hint="Give weights such as 3,2,1."
+        )
     return weight
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal
@@ -38,12 +38,14 @@ Found = Literal["nothing", "unfinished", "finished"]
 class OutputDirectory:
     """An output directory, locked from `__enter__` to `__exit__`.
 
-    `replaceable` are the small files, SHA-256 by name, of a set or unfinished run that `prepare` removed.
+    `small_files` are those that earlier runs wrote here, by name the SHA-256 of what they may hold; `prepare` finds
+    them in the set or unfinished run that it continues or removes; None where that cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.replaceable: Mapping[str, str] = {}
+        self.small_files: Mapping[str, Sequence[str]] | None = {}
+        self._own_names: list[str] = []
         self._lock_fd = -1
 
     def __enter__(self) -> OutputDirectory:
@@ -64,16 +66,17 @@ class OutputDirectory:
         """Settle what is there already and return what this run starts from.
 
         `identity` says what the run makes; only a run of the same identity may be continued.  A finished
-        set records less of it (not the encoder), and is held to that.  Raises
-        `OutputExistsError`; nothing is removed that mmsplit did not write, and that only with "force".
+        set records less of it (not the encoder), and is held to that.  Raises `OutputExistsError`; nothing is removed
+        that mmsplit did not write, and that only with "force".
         """
         manifest_path = self.path / SET_MANIFEST_NAME
         if existing == "force":
-            self._remove_own_files()
+            self._find_own_files()
             return "nothing"
         state = self._read_state()
         if state is not None:
             self._require_same(state, identity, existing, "an unfinished split")
+            self.small_files = self._recorded_small_files()
             return "unfinished"
         if manifest_path.exists():
             manifest = self._read_set_manifest()
@@ -112,7 +115,7 @@ class OutputDirectory:
 
     def require_space(self, needed_bytes: int, what: str) -> None:
         """Raise `NoSpaceError` if the file system has less than `needed_bytes` free for this user."""
-        free = free_bytes(self.path)
+        free = free_bytes(self.path) + self.reclaimable_bytes
         if free < needed_bytes:
             raise NoSpaceError(
                 f"too little free space for {what}",
@@ -178,8 +181,8 @@ class OutputDirectory:
                     hint="Bring it back, or use --force to split again.",
                 )
 
-    def _remove_own_files(self) -> None:
-        """Remove what mmsplit wrote: set manifest first, so that what is left never passes for a set."""
+    def _find_own_files(self) -> None:
+        """Find what mmsplit wrote here, for `remove_own_files`; a foreign file with a name of ours is refused."""
         names = [name for name in os.listdir(self.path) if _OURS.match(name)]
         for name in names:
             if not _is_ours(self.path / name):
@@ -188,25 +191,42 @@ class OutputDirectory:
                     path=self.path / name,
                     hint="Move it away, or choose another directory.",
                 )
-        self.replaceable = self._recorded_small_files()
-        # The state goes last: until then what is left is an unfinished run.
-        names.sort(key=lambda name: (not name.startswith(SET_MANIFEST_NAME), name == STATE_NAME))
+        self.small_files = self._recorded_small_files()
+        self._own_names = names
+
+    @property
+    def reclaimable_bytes(self) -> int:
+        """Length of the files that `remove_own_files` will remove."""
+        with output_errors(self.path):
+            return sum((self.path / name).stat().st_size for name in self._own_names)
+
+    def remove_own_files(self) -> None:
+        """With "force", remove what mmsplit wrote: set manifest first, so that what is left never passes for a set.
+
+        To be called when nothing else can refuse the run any more.
+        """
+        names, self._own_names = self._own_names, []
+        if names:
+            # Until there is a new state, what is left is an unfinished run that knows which files are ours.
+            self.write_state({"files": self.small_files or {}})
+        names = [name for name in names if name != STATE_NAME]
+        names.sort(key=lambda name: not name.startswith(SET_MANIFEST_NAME))
         with output_errors(self.path):
             for name in names:
-                (self.path / name).unlink()
+                (self.path / name).unlink(missing_ok=True)
         sync_directory(self.path)
 
-    def _recorded_small_files(self) -> dict[str, str]:
-        """Return the small files that the set, or the unfinished run, says are its own."""
+    def _recorded_small_files(self) -> dict[str, list[str]] | None:
+        """Return the small files that the set, or the unfinished run, says are its own; None if it cannot be read."""
         try:
             files = self.read_state().get("files")
-            return (
-                {name: str(digest) for name, digest in files.items()}
-                if isinstance(files, dict)
-                else {entry.name: entry.sha256 for entry in self._read_set_manifest().files}
-            )
+            if isinstance(files, dict):
+                return {name: list(digests) for name, digests in files.items()}
+            if (self.path / SET_MANIFEST_NAME).exists():
+                return {entry.name: [entry.sha256] for entry in self._read_set_manifest().files}
         except OutputExistsError:
-            return {}
+            return None
+        return {}
 
 
 def free_bytes(path: Path) -> int:

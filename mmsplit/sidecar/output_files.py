@@ -34,6 +34,14 @@ def output_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def refuse_shortage(error: OSError, path: Path) -> None:
+    """Raise `OutputError` if the machine, not the file, is at fault: too many open files, too little memory."""
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        raise OutputError(
+            f"cannot open: {error.strerror}", path=path, hint="Raise the limit (ulimit -n), or close other programs."
+        ) from error
+
+
 def write_whole_file(path: Path, data: bytes) -> None:
     """Write `data` under a temporary name, sync it, and rename it to `path`; then sync the directory."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)

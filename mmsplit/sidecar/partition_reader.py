@@ -37,6 +37,7 @@ from mmsplit.sidecar.manifest import (
     payload_name,
     refuse_other_version,
 )
+from mmsplit.sidecar.output_files import refuse_shortage
 
 MAX_MANIFEST_BYTES: Final = 1 << 30
 _MANIFEST_NAME: Final = re.compile(r"^partition_(\d+)\.json$", re.ASCII)
@@ -95,7 +96,7 @@ def open_partition_files(path: Path, io: IoMode = "auto") -> OpenPartition:
             path=fault.file,
             tensor=fault.tensor,
             offset=fault.start,
-            hint="Verify the set to see all damage: mmsplit verify " + str(path.parent),
+            hint=f"See all damage with: mmsplit verify {path}",
         )
 
     partition = read_partition_files(path, fail, io)
@@ -122,6 +123,7 @@ def read_partition_files(path: Path, report: Report, io: IoMode = "auto") -> Ope
     try:
         reader = FileReader(payload, io=io, changed_error=IntegrityError)
     except OSError as error:
+        refuse_shortage(error, payload)
         report(Fault(str(payload), f"payload cannot be read: {error.strerror}"))
         return None
     try:
@@ -155,6 +157,7 @@ def _read_manifest_file(path: Path, report: Report) -> bytes | None:
         report(Fault(str(path), "manifest is missing"))
         return None
     except OSError as error:
+        refuse_shortage(error, path)
         report(Fault(str(path), f"manifest cannot be read: {error.strerror}"))
         return None
 

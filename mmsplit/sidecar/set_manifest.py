@@ -36,6 +36,9 @@ class KeptBytes(NamedTuple):
         """Compress `data`."""
         return cls(len(data), zstandard.ZstdCompressor(level=9).compress(data))
 
+    def __repr__(self) -> str:
+        return f"<KeptBytes {self.size_bytes:,} bytes>"
+
     def data(self, path: str) -> bytes:
         """Return the bytes; raises `IntegrityError` if the frame does not hold exactly `size_bytes`."""
         try:

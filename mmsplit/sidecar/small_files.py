@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from mmsplit.errors import CheckpointError, IntegrityError, MmsplitError, OutputExistsError
@@ -12,27 +12,17 @@ from mmsplit.sidecar.output_files import output_errors, write_whole_file
 from mmsplit.sidecar.set_manifest import FileEntry
 
 
-def copy_small_files(
-    source: Path,
-    names: Sequence[str],
-    target: Path,
-    *,
-    expected: Mapping[str, str] | None = None,
-    replaceable: Mapping[str, str] | None = None,
+def read_small_files(
+    source: Path, names: Sequence[str], expected: Mapping[str, str] | None = None
 ) -> tuple[FileEntry, ...]:
-    """Copy files, by relative name, and return their entries.
+    """Return the entries of files by relative name.
 
-    With `expected`, SHA-256 by name, a file of another digest raises `IntegrityError` and is not copied.  A file of
-    other content that is in the way is not ours to replace, unless it has its digest in `replaceable`:
-    `OutputExistsError`, and then nothing is copied.
+    With `expected`, SHA-256 by name, a file of another digest, or none, raises `IntegrityError`.
     """
-    # A file that the source lacks is the checkpoint's fault; one that a set lacks is damage.
-    kind = CheckpointError if expected is None else IntegrityError
-    old = replaceable or {}
-    missing = {name for name in names if not _is_there(source / name, target / name, kind, old.get(name))}
     entries = []
     for name in names:
-        data = _read(source / name, kind)
+        # A file that a checkpoint lacks is the checkpoint's fault; one that a set lacks is damage.
+        data = _read(source / name, CheckpointError if expected is None else IntegrityError)
         entry = FileEntry(name, len(data), _sha256(data))
         if expected is not None and expected[name] != entry.sha256:
             raise IntegrityError(
@@ -43,38 +33,48 @@ def copy_small_files(
                 hint="Copy it again from where the set came from.",
             )
         entries.append(entry)
-        if name in missing:
-            place = target / name
-            with output_errors(place):
-                place.parent.mkdir(parents=True, exist_ok=True)
-            write_whole_file(place, data)
     return tuple(entries)
+
+
+def require_free_names(target: Path, entries: Sequence[FileEntry], ours: Mapping[str, Collection[str]] | None) -> None:
+    """Raise `OutputExistsError` if a file that is not ours has the name of one that is to be copied.
+
+    `ours` are the files that earlier runs are known to have written, by name the SHA-256 of all they may have: one
+    that is still so may be replaced.  With None any file of the right content will do, since none is replaced.
+    """
+    for entry in entries:
+        place = target / entry.name
+        if not os.path.lexists(place):
+            continue
+        with output_errors(place):
+            found = _sha256(place.read_bytes()) if place.is_file() else None
+        if found is None or found not in ((entry.sha256,) if ours is None else ours.get(entry.name, ())):
+            raise OutputExistsError(
+                "a file that mmsplit did not write has the name of one that belongs to the model",
+                path=place,
+                hint="Move it away, or choose another directory.",
+            )
+
+
+def copy_small_files(source: Path, entries: Sequence[FileEntry], target: Path) -> None:
+    """Copy the files whose names are free, or ours to replace (see `require_free_names`)."""
+    for entry in entries:
+        place = target / entry.name
+        data = _read(source / entry.name, CheckpointError)
+        with output_errors(place):
+            if place.is_file() and place.read_bytes() == data:
+                continue
+            place.parent.mkdir(parents=True, exist_ok=True)
+        write_whole_file(place, data)
 
 
 def _sha256(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def _is_there(source: Path, place: Path, kind: type[MmsplitError], replaceable: str | None) -> bool:
-    """Whether a file has been copied already; raises if another one is in its way."""
-    if not os.path.lexists(place):
-        return False
-    with output_errors(place):
-        if place.is_file():
-            data = place.read_bytes()
-            if data == _read(source, kind):
-                return True
-            if _sha256(data) == replaceable:
-                return False
-    raise OutputExistsError(
-        "another file of this name is in the way of one that belongs to the model",
-        path=place,
-        hint="Move it away, or choose another directory.",
-    )
-
-
 def _read(path: Path, kind: type[MmsplitError]) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise kind(f"cannot read: {error.strerror}", path=path) from error
+        hint = "Copy it again from where the set came from." if kind is IntegrityError else None
+        raise kind(f"cannot read a file of the model: {error.strerror}", path=path, hint=hint) from error

@@ -25,7 +25,7 @@ from mmsplit.sidecar.set_reader import (
     read_set_manifest,
     resolve_set_path,
 )
-from mmsplit.workers import JobStream, WorkerGroup, default_threads
+from mmsplit.workers import JobStream, WorkerGroup, thread_count
 
 Array = NDArray[Any]
 
@@ -97,8 +97,22 @@ class Partition(Mapping[str, Array]):
         return self._files.manifest.total_bytes
 
     def entry(self, name: str) -> TensorEntry:
-        """Return dtype, shape, size and checksum of a tensor; raises `KeyError`."""
-        return self._entries[self._aliases.get(name, name)]
+        """Return dtype, shape, size and checksum of a tensor.
+
+        Raises `KeyError`, or `MissingPartitionError` for a tied weight that is only referred to here.
+        """
+        entry = self._entries.get(self._aliases.get(name, name))
+        if entry is not None:
+            return entry
+        for layer in self.layers:
+            if name in (layer.alias, layer.tensors[0].name if layer.alias else None):
+                raise MissingPartitionError(
+                    f"not stored here: it is {layer.tensors[0].name} of partition {layer.tied_to}",
+                    path=self._files.path,
+                    tensor=name,
+                    hint="Read it from there, or from the whole set with open_set.",
+                )
+        raise KeyError(name)
 
     def __getitem__(self, name: str) -> Array:
         entry = self.entry(name)
@@ -199,9 +213,8 @@ class Partition(Mapping[str, Array]):
                 decoder = next(free)
                 return lambda chunk: self._decode_chunk(chunk, entry, decoder, verify)
 
-            group = WorkerGroup()
-            group.start_many("load", threads, JobStream(chunks), make_worker)
-            group.join()
+            with WorkerGroup() as group:
+                group.start_many("load", threads, JobStream(chunks), make_worker)
         finally:
             self._decoders += decoders
 
@@ -244,7 +257,7 @@ class Partition(Mapping[str, Array]):
                 offset=self._files.encoded(chunk)[0],
                 expected=f"xxh3 {expected:016x}",
                 found=f"xxh3 {found:016x}",
-                hint="Verify the set to see all damage: mmsplit verify " + str(self._files.path.parent),
+                hint=f"See all damage with: mmsplit verify {self._files.path}",
             )
 
 
@@ -259,7 +272,7 @@ class PartitionSet(Mapping[str, Array]):
         self.path = root
         self.manifest = manifest
         self._verify = verify
-        self._threads = threads or default_threads()
+        self._threads = thread_count(threads)
         self._lock = threading.RLock()
         self._open: dict[int, Partition] = {}
         self._home: dict[str, int] = {}
@@ -301,17 +314,29 @@ class PartitionSet(Mapping[str, Array]):
                 self._home = home
             return self._home
 
-    def _find(self, name: object) -> Partition | None:
-        """Return the partition that answers to a name: the tensor's own, or an alias's."""
-        part_id = self._homes().get(name) if isinstance(name, str) else None
-        if part_id is not None:
-            return self.partition(part_id)
-        return next((self.partition(k) for k in sorted(set(self._homes().values())) if name in self.partition(k)), None)
+    def _find(self, name: object) -> tuple[Partition, str] | None:
+        """Return the partition that has a tensor, and the tensor's own name where `name` is an alias of it."""
+        homes = self._homes()
+        if name not in homes:
+            aliases = (
+                (layer.alias, layer.tensors[0].name)
+                for part_id in sorted(set(homes.values()))
+                for layer in self.partition(part_id).layers
+                if layer.alias is not None
+            )
+            name = next((own for alias, own in aliases if alias == name), None)
+        return (self.partition(homes[name]), name) if isinstance(name, str) and name in homes else None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a tensor, or `default` if none of the partitions that are here has it."""
+        found = self._find(name)
+        return default if found is None else found[0][found[1]]
 
     def __getitem__(self, name: str) -> Array:
-        partition = self._find(name)
-        if partition is not None:
-            return partition[name]
+        found = self._find(name)
+        if found is not None:
+            partition, own_name = found
+            return partition[own_name]
         missing = self.missing
         if missing:
             raise MissingPartitionError(
@@ -330,6 +355,9 @@ class PartitionSet(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._homes())
+
+    def __repr__(self) -> str:
+        return f"<PartitionSet of {self.num_parts} partitions of {self.manifest.model_id} in {self.path}>"
 
     def close(self) -> None:
         """Close every partition that was opened."""
@@ -354,13 +382,13 @@ def open_partition(path: str | Path, *, verify: bool = True, threads: int | None
     resolved = resolve_set_path(Path(path))
     if resolved.only is None:
         raise RequestError(
-            "this is a directory; name one partition in it, or use open_set",
+            "this is a whole set; name one partition of it, or use open_set",
             path=path,
             hint="For example: " + str(resolved.root / "partition_0.json"),
         )
     # Views outlive any call, so the file is mapped plainly: as with every loader, do not truncate it meanwhile.
     files = open_partition_files(resolved.only, "mmap")
-    return Partition(files, verify=verify, threads=threads or default_threads())
+    return Partition(files, verify=verify, threads=thread_count(threads))
 
 
 def open_set(path: str | Path, *, verify: bool = True, threads: int | None = None) -> PartitionSet:

@@ -17,7 +17,7 @@ import xxhash
 
 from mmsplit.checkpoint import FileReader, IoMode, Scratch
 from mmsplit.codec import ChunkDecoder
-from mmsplit.errors import IntegrityError, OutputExistsError
+from mmsplit.errors import IntegrityError, OutputError, OutputExistsError, RequestError
 from mmsplit.sidecar.layout import CHUNK_BYTES
 from mmsplit.sidecar.manifest import TensorEntry
 from mmsplit.sidecar.output_directory import OutputDirectory
@@ -26,11 +26,13 @@ from mmsplit.sidecar.partition_reader import OpenPartition, require_partition
 from mmsplit.sidecar.payload_file import PayloadFile
 from mmsplit.sidecar.set_manifest import SetManifest, ShardEntry
 from mmsplit.sidecar.set_reader import open_partition_of_set, read_set_manifest, resolve_set_path
-from mmsplit.sidecar.small_files import copy_small_files
-from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup, default_threads
+from mmsplit.sidecar.small_files import copy_small_files, read_small_files, require_free_names
+from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup, thread_count
 
 _EXTRA_THREADS: Final = 2
 _HASH_BYTES: Final = 4 << 20
+#: How often a thread that waits looks whether the others have failed.
+_LOOK_SECONDS: Final = 0.2
 
 
 class MergeResult(NamedTuple):
@@ -84,7 +86,11 @@ def merge(
     interrupted merge goes on where it was.  Raises `MissingPartitionError` if a partition is not there,
     `IntegrityError` if a chunk or a finished shard is not what the split recorded.
     """
-    root, _ = resolve_set_path(Path(path))
+    root, only = resolve_set_path(Path(path))
+    if only is not None:
+        raise RequestError("this is one partition; merging takes the whole set", path=path, hint=f"Give {root}.")
+    if Path(output).resolve() == root.resolve():
+        raise RequestError("output is the directory of the set", path=output, hint="Choose another directory.")
     manifest = read_set_manifest(root)
     for entry in manifest.partitions:
         require_partition(root, entry.part_id)
@@ -102,8 +108,10 @@ def merge(
             out.require_space(sum(shard.size_bytes for shard in todo) - there, "the merged checkpoint")
             # First what may be refused after a moment, last the index: with it the checkpoint is whole.
             digests = {entry.name: entry.sha256 for entry in manifest.files}
-            copy_small_files(root, list(digests), out.path, expected=digests)
-            _write_shards(out.path, todo, pieces, threads or default_threads(), progress)
+            files = read_small_files(root, list(digests), digests)
+            require_free_names(out.path, files, None)
+            copy_small_files(root, files, out.path)
+            _write_shards(out.path, todo, pieces, thread_count(threads), progress)
             if manifest.weights_index is not None:
                 name, index = manifest.weights_index
                 if not (out.path / name).exists():
@@ -301,25 +309,37 @@ def _write_shards(
         for run in runs:
             run.cancel()
 
-    group = WorkerGroup(cancel)
-
     def make_decoder() -> Callable[[_Piece], None]:
-        worker = _PieceDecoder(counter)
-        return worker.decode
+        return _PieceDecoder(counter).decode
 
-    def iter_pieces() -> Iterator[_Piece]:
-        for run in runs:
-            run.open()
-            counter.add(run.entry.header.size_bytes)
-            yield from run.pieces()
+    def make_hasher() -> Callable[[_ShardRun], None]:
+        def hash_and_finish(run: _ShardRun) -> None:
+            run.hash_and_finish()
+            being_written.release()
 
-    group.start_many("decode", threads + _EXTRA_THREADS, JobStream(iter_pieces()), make_decoder)
-    group.start_many("hash", min(threads, len(runs)), JobStream(iter(runs)), lambda: _ShardRun.hash_and_finish)
+        return hash_and_finish
+
+    # Decoding does not run far ahead of hashing: a shard that is being written holds a descriptor and dirty pages.
+    being_written = threading.Semaphore(threads + 1)
     try:
-        group.join()
+        with WorkerGroup(cancel) as group:
+
+            def iter_pieces() -> Iterator[_Piece]:
+                for run in runs:
+                    while not being_written.acquire(timeout=_LOOK_SECONDS):
+                        group.go_on()
+                    run.open()
+                    counter.add(run.entry.header.size_bytes)
+                    yield from run.pieces()
+
+            group.start_many("decode", threads + _EXTRA_THREADS, JobStream(iter_pieces()), make_decoder)
+            group.start_many("hash", min(threads, len(runs)), JobStream(iter(runs)), make_hasher)
     finally:
         for run in runs:
             run.close()
+    for run in runs:
+        if not run.path.is_file():
+            raise OutputError("shard was not finished", path=run.path, hint="Run again with --resume.")
 
 
 class _PieceDecoder:
@@ -347,7 +367,7 @@ class _PieceDecoder:
                 path=partition.reader.path,
                 tensor=piece.tensor.name,
                 offset=start,
-                hint="Verify the set to see all damage: mmsplit verify " + str(partition.path.parent),
+                hint=f"See all damage with: mmsplit verify {partition.path}",
             ) from error
         piece.shard.write(piece.number, piece.start, out)
         self._counter.add(len(out))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, get_args
 
 import xxhash
 
@@ -49,19 +49,18 @@ from mmsplit.sidecar.set_manifest import (
 )
 from mmsplit.sidecar.set_reader import open_partition_of_set
 from mmsplit.sidecar.slot_encoder import SlotEncoder
-from mmsplit.sidecar.small_files import copy_small_files
+from mmsplit.sidecar.small_files import copy_small_files, read_small_files, require_free_names
 from mmsplit.workers import (
     JobStream,
     ProgressCallback,
     ProgressCounter,
     WorkerGroup,
-    default_threads,
+    thread_count,
 )
 
 #: Threads beyond those that encode: while they wait for the disk, the others have work.
 _EXTRA_THREADS: Final = 2
-#: Chunks per partition that are compared before a finished set is taken for one of this source.
-_WEIGHT_SAMPLES: Final = 16
+_EXISTING: Final = ", ".join(get_args(Existing))
 #: How many slots ahead the kernel is asked to read.
 _READ_AHEAD_SLOTS: Final = 16
 #: Slots encoded on trial when the free space is less than the worst case.
@@ -142,16 +141,16 @@ def split(
     Interrupted at any moment, it leaves the source untouched, nothing that passes for a partition set, and what a
     later run with `existing="resume"` needs to come to the same bytes.  Raises any branch of `MmsplitError`.
     """
+    if existing not in get_args(Existing):
+        raise RequestError(f"no such way with existing output: {existing!r}", hint=f"Possible are {_EXISTING}.")
     if codec not in CODEC_NAMES:
         raise RequestError(f"no such codec: {codec!r}", hint=f"Possible are {', '.join(CODEC_NAMES)}.")
-    if threads is not None and not 1 <= threads <= 1024:
-        raise RequestError(f"cannot work with {threads} threads", hint="Give a number from 1 to 1024.")
     if not isinstance(source, Checkpoint):
         source = open_checkpoint(source, allow_unknown_dtypes=allow_unknown_dtypes)
     plan = plan_checkpoint(
         source, PlanRequest(num_parts=num_parts, by=by, weights=weights, boundaries=boundaries, tied=tied)
     )
-    options = _Options(codec=codec, threads=threads or default_threads(), io=io, direct=direct)
+    options = _Options(codec=codec, threads=thread_count(threads), io=io, direct=direct)
     headers = {shard.name: source.read_header(shard.name) for shard in source.shards}
     origin = Origin(
         model_id or source.model_id,
@@ -161,6 +160,12 @@ def split(
         _source_digest(source, headers),
     )
     kept = {name: KeptBytes.of(headers.pop(name)) for name in list(headers)}
+    if Path(output).resolve() == source.root.resolve():
+        raise RequestError(
+            "output is the directory of the source, which is only read",
+            path=output,
+            hint="Choose another directory for the partition set.",
+        )
     with OutputDirectory(Path(output)) as out:
         run = _SplitRun(source, plan, origin, options, out, kept, progress)
         return run.execute(existing)
@@ -248,7 +253,7 @@ class _SplitRun:
         self._progress = progress
         self._state_lock = threading.Lock()
         self._shard_sha256: dict[str, str] = {}
-        self._files: dict[str, str] = {}
+        self._files: dict[str, list[str]] = {}
         self._resumed_bytes = 0
 
     def execute(self, existing: Existing) -> SplitResult:
@@ -265,15 +270,17 @@ class _SplitRun:
             self._recover(parts)
         with ReaderPool(self._checkpoint, self._options.io) as readers:
             self._require_space(parts, readers)
-            # Before the state: where one of them is in the way, nothing is left behind.
-            files = copy_small_files(
-                self._checkpoint.root,
-                self._checkpoint.small_files,
-                self._out.path,
-                replaceable=self._out.replaceable,
-            )
-            self._files = {entry.name: entry.sha256 for entry in files}
+            root = self._checkpoint.root
+            files = read_small_files(root, self._checkpoint.small_files)
+            if found == "unfinished":
+                self._require_same_small_files(files)
+            require_free_names(self._out.path, files, self._out.small_files)
+            self._out.remove_own_files()
+            # The state first: a file that is copied is ours, and a later run must know it.
+            before = self._out.small_files or {}
+            self._files = {e.name: sorted({e.sha256, *before.get(e.name, ())}) for e in files}
             self._write_state()
+            copy_small_files(root, files, self._out.path)
             try:
                 self._stream(parts, readers)
             finally:
@@ -311,11 +318,11 @@ class _SplitRun:
             before = fingerprints.get(shard.name) if isinstance(fingerprints, dict) else None
             if before != list(shard.fingerprint):
                 raise SourceChangedError(
-                    "shard is not the one the unfinished split read: size, time, inode or device differ",
+                    "shard is not the one the unfinished split read: it was changed, copied or moved since",
                     path=shard.path,
-                    expected=str(before),
-                    found=str(list(shard.fingerprint)),
-                    hint="Bring the shard back, or use --force to start again.",
+                    expected=f"size, time, inode, device {before}",
+                    found=f"{list(shard.fingerprint)}",
+                    hint="What is finished cannot be trusted to be of this file; use --force to start again.",
                 )
         digests = state.get("shard_sha256")
         self._shard_sha256 = dict(digests) if isinstance(digests, dict) else {}
@@ -327,6 +334,16 @@ class _SplitRun:
                 part.writer.recover(part.slots(), lambda slot: counter.add(slot.raw_bytes))
             self._resumed_bytes += part.intact_bytes()
 
+    def _require_same_small_files(self, files: Sequence[FileEntry]) -> None:
+        recorded = self._out.small_files or {}
+        for entry in files:
+            if entry.sha256 not in recorded.get(entry.name, (entry.sha256,)):
+                raise SourceChangedError(
+                    "file of the model is not the one the unfinished split copied",
+                    path=self._checkpoint.root / entry.name,
+                    hint="Bring it back, or use --force to start again.",
+                )
+
     def _stream(self, parts: Sequence[_PartitionRun], readers: ReaderPool) -> None:
         unfinished = [part for part in parts if not part.writer.is_finished]
 
@@ -334,7 +351,6 @@ class _SplitRun:
             for part in unfinished:
                 part.writer.cancel()
 
-        group = WorkerGroup(cancel)
         counter = ProgressCounter("split", self._planned_bytes(), self._progress)
         counter.add(self._resumed_bytes)
         threads = self._options.threads
@@ -344,15 +360,16 @@ class _SplitRun:
             encoder = SlotEncoder(readers, self._options.codec, permits)
             return lambda job: _encode_and_write(job, encoder, counter)
 
-        def make_hasher() -> Callable[[str], None]:
-            hasher = ShardHasher(self._checkpoint, readers, group.go_on)
-            return lambda shard: self._record_sha256(shard, hasher.sha256(shard))
-
         slots = JobStream(_with_read_ahead(_iter_jobs(unfinished), readers))
         shards = JobStream(shard.name for shard in self._checkpoint.shards if shard.name not in self._shard_sha256)
-        group.start_many("encode", threads + _EXTRA_THREADS, slots, make_encoder)
-        group.start_many("hash", max(1, threads // 2), shards, make_hasher)
-        group.join()
+        with WorkerGroup(cancel) as group:
+
+            def make_hasher() -> Callable[[str], None]:
+                hasher = ShardHasher(self._checkpoint, readers, group.go_on)
+                return lambda shard: self._record_sha256(shard, hasher.sha256(shard))
+
+            group.start_many("encode", threads + _EXTRA_THREADS, slots, make_encoder)
+            group.start_many("hash", max(1, threads // 2), shards, make_hasher)
 
     def _record_sha256(self, shard: str, digest: str) -> None:
         with self._state_lock:
@@ -365,7 +382,7 @@ class _SplitRun:
         extra = tensor_count * _MANIFEST_BYTES_PER_TENSOR
         extra += sum((self._checkpoint.root / name).stat().st_size for name in self._checkpoint.small_files)
         worst = sum(part.largest_bytes() for part in parts if not part.writer.is_finished)
-        if free_bytes(self._out.path) >= worst + extra:
+        if free_bytes(self._out.path) + self._out.reclaimable_bytes >= worst + extra:
             return
         done = sum(part.writer.data_stop for part in parts if not part.writer.is_finished)
         ratio = min(1.0, _sample_ratio(parts, readers, self._options.codec) * _SPACE_MARGIN)
@@ -397,15 +414,20 @@ class _SplitRun:
 
 
 def _require_same_weights(checkpoint: Checkpoint, root: Path, manifest: SetManifest) -> None:
-    """Compare a few chunks of each partition with the source: a fine-tune has the same headers as its base model."""
+    """Compare a chunk of each layer with the source: a fine-tune has the same headers as its base model.
+
+    To compare all would be to read all; whoever must be sure verifies the set against the source.
+    """
     scratch = Scratch()
     with ReaderPool(checkpoint, "pread") as readers:
         for entry in manifest.partitions:
             with open_partition_of_set(root, manifest, entry.part_id, "pread") as partition:
-                count = len(partition.index)
-                for chunk in sorted({number * count // _WEIGHT_SAMPLES for number in range(_WEIGHT_SAMPLES) if count}):
+                for layer in partition.manifest.layers:
+                    tensor = max(layer.tensors, key=lambda tensor: tensor.chunk_count, default=None)
+                    if tensor is None or tensor.chunk_count == 0:
+                        continue
+                    chunk = tensor.first_chunk + tensor.chunk_count // 2
                     record = partition.index[chunk]
-                    tensor = partition.tensors[int(record["tensor"])]
                     start = tensor.source_start + (chunk - tensor.first_chunk) * CHUNK_BYTES
                     with (
                         readers.lend(tensor.shard) as reader,

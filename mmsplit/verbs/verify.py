@@ -25,7 +25,7 @@ from mmsplit.sidecar.set_manifest import (
     is_as_written,
 )
 from mmsplit.sidecar.set_reader import read_set_manifest, resolve_set_path
-from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup, default_threads
+from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup, thread_count
 
 #: quick: structure and sizes.  stored: and the checksum of every stored byte.  full: and decode it all.
 Level = Literal["quick", "stored", "full"]
@@ -73,6 +73,7 @@ def verify(
     *,
     level: Level = "stored",
     against: str | Path | Checkpoint | None = None,
+    allow_unknown_dtypes: bool = False,
     threads: int | None = None,
     io: IoMode = "auto",
     progress: ProgressCallback | None = None,
@@ -89,25 +90,37 @@ def verify(
     faults = _Faults()
     manifest = _set_manifest(root, only, faults.add)
     entries = _partition_manifests(root, only, manifest)
-    source = open_checkpoint(against) if isinstance(against, str | Path) else against
-    partitions: list[OpenPartition] = []
-    try:
-        for entry_path, entry in entries:
-            partition = _open(entry_path, entry, io, faults.add)
-            if partition is not None:
-                partitions.append(partition)
-        if manifest is not None and only is None:
-            _verify_small_files(root, manifest.files, level, faults.add)
-        checked = 0
-        if level != "quick":
-            checked = _verify_chunks(partitions, level, threads or default_threads(), faults.add, progress)
-        if source is not None:
-            _verify_against(partitions, manifest, source, threads or default_threads(), io, faults.add, progress)
-    finally:
-        for partition in partitions:
-            partition.close()
+    source = against
+    if isinstance(source, str | Path):
+        source = open_checkpoint(source, allow_unknown_dtypes=allow_unknown_dtypes)
+    workers = thread_count(threads)
+    counter = ProgressCounter("verify", _bytes_to_check(entries, level, source), progress)
+    checked = 0
+    if manifest is not None and source is not None:
+        _compare_headers(manifest, source, faults.add)
+    for entry_path, entry in entries:  # one after the other: a set may have more partitions than may be open
+        partition = _open(entry_path, entry, io, faults.add)
+        if partition is not None:
+            with partition:
+                if level != "quick":
+                    slots = _verify_chunks(partition, level, workers, faults.add, counter)
+                    checked += slots
+                    counter.add(partition.reader.size_bytes - slots)  # header, index and copy were read at opening
+                if source is not None:
+                    _verify_against(partition, source, workers, io, faults.add, counter)
+    if manifest is not None and only is None:
+        _verify_small_files(root, manifest.files, level, faults.add)
     problems = faults.in_order()
     return VerifyResult(not problems, level, problems, len(entries), checked)
+
+
+def _bytes_to_check(
+    entries: Sequence[tuple[Path, PartitionEntry | None]], level: Level, source: Checkpoint | None
+) -> int:
+    """About how much there is to do, for the progress."""
+    payloads = (path.with_suffix(".bin") for path, _ in entries)
+    stored = 0 if level == "quick" else sum(path.stat().st_size for path in payloads if path.is_file())
+    return stored + (0 if source is None else source.total_bytes)
 
 
 class _Faults:
@@ -173,7 +186,11 @@ def _open(path: Path, entry: PartitionEntry | None, io: IoMode, report: Report) 
 
     try:
         partition = read_partition_files(path, report_here, io)
-    except (IntegrityError, CheckpointError) as error:  # a CheckpointError says that a disk failed
+    except (IntegrityError, CheckpointError, FormatError) as error:
+        # A CheckpointError says that a disk failed.  What a set of our version lists is ours, so if it does not look
+        # like it, it is damaged; only of a file that stands alone may one say that it is foreign.
+        if entry is None and isinstance(error, FormatError):
+            raise
         report_here(Fault(error.path or str(path), error.what, error.offset))
         return None
     if entry is not None:
@@ -206,28 +223,19 @@ def _verify_small_files(root: Path, files: Sequence[FileEntry], level: Level, re
             report(Fault(str(path), "file of the model is not as it was written", 0, entry.size_bytes))
 
 
-def _iter_ranges(partitions: Sequence[OpenPartition]) -> Iterator[_Range]:
-    for partition in partitions:
-        offsets = partition.index["stored_offset"].tolist()
-        bounds = [*offsets, partition.manifest.data_stop]
-        first, start = 0, DATA_START
-        for last in range(1, len(offsets) + 1):
-            if bounds[last] - start >= _RANGE_BYTES or last == len(offsets):
-                yield _Range(partition, first, last, start, bounds[last])
-                first, start = last, bounds[last]
+def _iter_ranges(partition: OpenPartition) -> Iterator[_Range]:
+    offsets = partition.index["stored_offset"]
+    first, start = 0, DATA_START
+    for last in range(1, len(offsets) + 1):
+        stop = int(offsets[last]) if last < len(offsets) else partition.manifest.data_stop
+        if stop - start >= _RANGE_BYTES or last == len(offsets):
+            yield _Range(partition, first, last, start, stop)
+            first, start = last, stop
 
 
 def _verify_chunks(
-    partitions: Sequence[OpenPartition],
-    level: Level,
-    threads: int,
-    report: Report,
-    progress: ProgressCallback | None,
+    partition: OpenPartition, level: Level, threads: int, report: Report, counter: ProgressCounter
 ) -> int:
-    total = sum(partition.manifest.data_stop - DATA_START for partition in partitions)
-    counter = ProgressCounter("verify", total, progress)
-    group = WorkerGroup()
-
     def make_worker() -> Callable[[_Range], None]:
         scratch = Scratch()
         decode = _Decode() if level == "full" else None
@@ -238,9 +246,9 @@ def _verify_chunks(
 
         return work
 
-    group.start_many("verify", threads + _EXTRA_THREADS, JobStream(_iter_ranges(partitions)), make_worker)
-    group.join()
-    return total
+    with WorkerGroup() as group:
+        group.start_many("verify", threads + _EXTRA_THREADS, JobStream(_iter_ranges(partition)), make_worker)
+    return partition.manifest.data_stop - DATA_START
 
 
 class _Decode:
@@ -316,40 +324,46 @@ class _SourceChunk(NamedTuple):
 
 
 def _verify_against(
-    partitions: Sequence[OpenPartition],
-    manifest: SetManifest | None,
+    partition: OpenPartition,
     source: Checkpoint,
     threads: int,
     io: IoMode,
     report: Report,
-    progress: ProgressCallback | None,
+    counter: ProgressCounter,
 ) -> None:
-    if manifest is not None:
-        _compare_headers(manifest, source, report)
-    total = sum(partition.manifest.total_bytes for partition in partitions)
-    counter = ProgressCounter("verify against source", total, progress)
-    group = WorkerGroup()
-    with ReaderPool(source, io) as readers:
+    part_id = partition.manifest.part_id
+    if partition.tensors and not any(tensor.name in source.tensors for tensor in partition.tensors):
+        what = f"not the checkpoint that partition {part_id} was made from: it has none of its tensors"
+        report(Fault(str(source.root), what, partition=part_id))
+        return
+    with ReaderPool(source, io) as readers, WorkerGroup() as group:
 
         def make_worker() -> Callable[[_SourceChunk], None]:
             scratch = Scratch()
 
             def work(job: _SourceChunk) -> None:
-                with readers.lend(job.tensor.shard) as reader:
-                    reader.will_need(job.stop, job.stop + 4 * CHUNK_BYTES)
-                    with reader.borrow(job.start, job.stop, scratch) as view:
-                        same = xxhash.xxh3_64_intdigest(view) == job.raw_xxh3
-                if not same:
-                    file, part_id = str(reader.path), job.partition.manifest.part_id
-                    what = "source bytes are not those that were split"
+                what = _source_fault(job, readers, scratch)
+                if what is not None:
+                    file = str(source.root / job.tensor.shard)
                     report(Fault(file, what, job.start, job.stop, part_id, None, job.tensor.name))
                 counter.add(job.stop - job.start)
 
             return work
 
-        chunks = JobStream(_iter_source_chunks(partitions, source, report))
+        chunks = JobStream(_iter_source_chunks(partition, source, report))
         group.start_many("compare", threads + _EXTRA_THREADS, chunks, make_worker)
-        group.join()
+
+
+def _source_fault(job: _SourceChunk, readers: ReaderPool, scratch: Scratch) -> str | None:
+    """Return what is wrong with a chunk of the source, if anything; a file that fails is a finding, not the end."""
+    try:
+        with readers.lend(job.tensor.shard) as reader:
+            reader.will_need(job.stop, job.stop + 4 * CHUNK_BYTES)
+            with reader.borrow(job.start, job.stop, scratch) as view:
+                same = xxhash.xxh3_64_intdigest(view) == job.raw_xxh3
+    except CheckpointError as error:
+        return f"source cannot be compared: {error.what}"
+    return None if same else "source bytes are not those that were split"
 
 
 def _compare_headers(manifest: SetManifest, source: Checkpoint, report: Report) -> None:
@@ -368,34 +382,31 @@ def _compare_headers(manifest: SetManifest, source: Checkpoint, report: Report) 
         report(Fault(str(shard.path), "source shard is not part of the set"))
 
 
-def _iter_source_chunks(
-    partitions: Sequence[OpenPartition], source: Checkpoint, report: Report
-) -> Iterator[_SourceChunk]:
-    for partition in partitions:
-        for tensor in partition.tensors:
-            there = source.tensors.get(tensor.name)
-            place = (tensor.shard, tensor.source_start, tensor.source_stop, tensor.dtype, tensor.shape)
-            if there is None or place != (
-                there.shard,
-                there.start_offset,
-                there.stop_offset,
-                there.dtype,
-                there.shape,
-            ):
-                what = "tensor is missing in the source" if there is None else "source has the tensor in another form"
-                report(
-                    Fault(
-                        str(source.root / tensor.shard),
-                        what,
-                        tensor.source_start,
-                        tensor.source_stop,
-                        partition.manifest.part_id,
-                        None,
-                        tensor.name,
-                    )
+def _iter_source_chunks(partition: OpenPartition, source: Checkpoint, report: Report) -> Iterator[_SourceChunk]:
+    for tensor in partition.tensors:
+        there = source.tensors.get(tensor.name)
+        place = (tensor.shard, tensor.source_start, tensor.source_stop, tensor.dtype, tensor.shape)
+        if there is None or place != (
+            there.shard,
+            there.start_offset,
+            there.stop_offset,
+            there.dtype,
+            there.shape,
+        ):
+            what = "tensor is missing in the source" if there is None else "source has the tensor in another form"
+            report(
+                Fault(
+                    str(source.root / tensor.shard),
+                    what,
+                    tensor.source_start,
+                    tensor.source_stop,
+                    partition.manifest.part_id,
+                    None,
+                    tensor.name,
                 )
-                continue
-            for number in range(tensor.chunk_count):
-                record = partition.index[tensor.first_chunk + number]
-                start = tensor.source_start + number * CHUNK_BYTES
-                yield _SourceChunk(partition, tensor, start, start + int(record["raw_bytes"]), int(record["raw_xxh3"]))
+            )
+            continue
+        for number in range(tensor.chunk_count):
+            record = partition.index[tensor.first_chunk + number]
+            start = tensor.source_start + number * CHUNK_BYTES
+            yield _SourceChunk(partition, tensor, start, start + int(record["raw_bytes"]), int(record["raw_xxh3"]))

@@ -144,6 +144,7 @@ def test_choice(
 REFUSED = {
     "empty": ([], {}, CheckpointError, "no .safetensors file"),
     "only pickles": (["pytorch_model.bin", "x.pt"], {}, CheckpointError, "weights of other formats: .bin, .pt"),
+    "partitions": (["partition_0.bin", "partition_0.json"], {}, CheckpointError, "holds partitions, not a checkpoint"),
     "only hidden": ([".model.safetensors"], {}, CheckpointError, "no .safetensors file"),
     "missing number": (numbered("model", 3)[:2], {}, MissingShardError, "model-00003-of-00003.safetensors"),
     "first number missing": (numbered("model", 3)[1:], {}, MissingShardError, "model-00001-of-00003.safetensors"),
@@ -185,7 +186,9 @@ def test_refusal(
 def test_path_may_be_a_shard_or_an_index(tmp_path: Path) -> None:
     """A shard stands for itself, an index for what it names."""
     fill(tmp_path, [*MODEL, "config.json"], {INDEX: over(MODEL[:1])})
-    assert find_checkpoint_files(tmp_path / MODEL[1]).shards == (tmp_path / MODEL[1],)
+    alone = find_checkpoint_files(tmp_path / MODEL[1])
+    assert alone.shards == (tmp_path / MODEL[1],)
+    assert alone.notes == (f"{MODEL[1]} is one of 2 shards, and is taken alone",)
     assert find_checkpoint_files(tmp_path / INDEX).shards == (tmp_path / MODEL[0],)
 
 
@@ -229,11 +232,13 @@ def test_small_files_are_those_of_the_model(tmp_path: Path) -> None:
     assert find_checkpoint_files(tmp_path).small_files == (
         "LICENSE",
         "config.json",
+        "m.npz",
         "partition_notes.md",
         "pytorch_model.bin.index.json",
         "tokenizer.model",
         "code/model.py",
     )
+    assert any(note.startswith("3 weight file(s) of other formats") for note in find_checkpoint_files(tmp_path).notes)
 
 
 def test_shard_named_alone_brings_no_subfolders(tmp_path: Path) -> None:

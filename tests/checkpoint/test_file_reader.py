@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mmsplit.checkpoint import FileReader, IoMode, Scratch, aligned_buffer, file_reader
-from mmsplit.errors import CheckpointError, IntegrityError, SourceChangedError
+from mmsplit.errors import CheckpointError, IntegrityError, RequestError, SourceChangedError
 
 PAGE = mmap.PAGESIZE
 DATA = np.random.default_rng(0).integers(0, 256, 5 * PAGE + 123, np.uint8).tobytes()
@@ -97,6 +97,18 @@ def test_range_outside_the_file_is_an_error_not_a_shorter_view(
                 pass
             with pytest.raises(SourceChangedError, match="outside the file"):
                 reader.read(start, stop)
+
+
+@pytest.mark.parametrize("mode", ["auto", "mmap", "pread"])
+def test_closed_reader_says_so(path: Path, mode: IoMode) -> None:
+    """Even for an empty range: the mistake is the caller's, not the file's."""
+    reader = FileReader(path, io=mode)
+    reader.close()
+    for stop in (0, 5):
+        with pytest.raises(RequestError, match="closed"):
+            reader.read(0, stop)
+        with pytest.raises(RequestError, match="closed"), reader.borrow(0, stop, Scratch()):
+            pass
 
 
 @pytest.mark.parametrize("mode", ["auto", "mmap", "pread"])

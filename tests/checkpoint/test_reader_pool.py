@@ -6,7 +6,7 @@ import pytest
 
 from mmsplit.checkpoint import FileReader, ReaderPool, open_checkpoint, reader_pool
 from mmsplit.checkpoint.checkpoint import Checkpoint
-from mmsplit.errors import CheckpointError, SourceChangedError
+from mmsplit.errors import MmsplitError, SourceChangedError
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def is_open(reader: FileReader) -> bool:
     """Whether the reader still has its file."""
     try:
         return len(reader.read(0, 8)) == 8
-    except CheckpointError:  # bad file descriptor
+    except MmsplitError:  # it is closed
         return False
 
 

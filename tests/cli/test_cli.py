@@ -162,19 +162,56 @@ def test_exit_codes_and_messages(
     assert output.out == ""
 
 
-def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    """With --debug, wherever it stands, the error is raised as it is."""
-    from mmsplit import CheckpointError
+def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --debug, wherever it stands, the traceback comes before the message; the exit code is the same."""
+    assert run(["plan", str(tmp_path / "missing"), "-n", "2", "--debug"]) == 3
+    assert "Traceback" in capsys.readouterr().err
 
-    with pytest.raises(CheckpointError):
-        run(["plan", str(tmp_path / "missing"), "-n", "2", "--debug"])
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_result_that_cannot_be_written(checkpoint: Path) -> None:
+    """A full disk behind stdout is an output error, not a bug of ours; a closed stdout is nobody's fault."""
+    command = f'"{sys.executable}" -m mmsplit inspect "{checkpoint}"'
+    full = subprocess.run(f"{command} >/dev/full", shell=True, capture_output=True, text=True, check=False)
+    assert full.returncode == 6
+    assert "the result: No space left" in full.stderr
+    closed = subprocess.run(f"{command} >&-", shell=True, capture_output=True, text=True, check=False)
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
+def test_a_terminal_without_our_characters(checkpoint: Path) -> None:
+    """Where the encoding lacks a character its code is shown; nothing fails."""
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    words = [sys.executable, "-m", "mmsplit", "plan", str(checkpoint), "-n", "2"]
+    result = subprocess.run(words, capture_output=True, env=environment, check=False)
+    assert result.returncode == 0
+
+
+def test_names_of_strangers_do_not_reach_the_terminal_raw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Escape sequences and line ends in tensor names are shown as codes, and long names are cut."""
+    names = ["a\x1b[31mred.weight", "b\nb.weight", "c" * 5000]
+    save_file({name: np.ones(2, np.float32) for name in names}, tmp_path / "model.safetensors")
+    for words in (["inspect", "--layers"], ["plan", "-n", "3"]):
+        assert run([words[0], str(tmp_path), *words[1:]]) == 0
+        output = capsys.readouterr()
+        assert "\x1b" not in output.out + output.err
+        assert max(map(len, output.out.splitlines())) < 400
+
+
+def test_an_empty_path_is_no_path(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unset shell variable must not mean the current directory."""
+    assert run(["split", str(checkpoint), "-o", "", "-n", "2"]) == 2
+    assert run(["plan", "", "-n", "2"]) == 2
+    assert "the path is empty" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_is_no_error(checkpoint: Path) -> None:
-    """`mmsplit inspect … | head -0` ends quietly."""
-    command = f'"{sys.executable}" -m mmsplit inspect --layers "{checkpoint}" | head -c 0'
-    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
-    assert result.stderr == ""
+    """`mmsplit inspect … | head -1` ends quietly and well, also under pipefail."""
+    command = (
+        f'"{sys.executable}" -m mmsplit inspect --layers "{checkpoint}" | head -n 1 >/dev/null; exit ${{PIPESTATUS[0]}}'
+    )
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

@@ -65,9 +65,20 @@ def _manifests(draw: st.DrawFn) -> Manifest:
             start = draw(_count)
             xxh3 = draw(_xxh3) if stored else None
             tensors.append(
-                TensorEntry(f"{draw(_text)}{number}.{len(tensors)}", dtype, shape, params, size_bytes, xxh3, chunk, count, draw(_plain), start,
-                            start + size_bytes)
-            )  # fmt: skip
+                TensorEntry(
+                    f"{draw(_text)}{number}.{len(tensors)}",
+                    dtype,
+                    shape,
+                    params,
+                    size_bytes,
+                    xxh3,
+                    chunk,
+                    count,
+                    draw(_plain),
+                    start,
+                    start + size_bytes,
+                )
+            )
             chunk += count
         layers.append(
             LayerEntry(
@@ -167,15 +178,49 @@ def test_a_manifest_is_one_line_per_tensor() -> None:
 
 
 def _base() -> dict:
-    tensor = {"name": "t", "dtype": "U8", "shape": [3], "params": 3, "bytes": 3, "xxh3": "0" * 16, "chunks": [0, 1],
-              "shard": "s", "source_range": [80, 83]}  # fmt: skip
-    layer = {"name": "a", "layer_type": "block", "total_params": 3, "total_bytes": 3, "stored_bytes": 3, "start": 4096,
-             "stop": 8192, "tensors": [tensor]}  # fmt: skip
-    payload = {"file": "partition_0.bin", "checksum": "xxh3_64", "chunk_bytes": 4 << 20, "chunk_count": 1, "data_stop": 8192,
-               "index_xxh3": "0" * 16}  # fmt: skip
-    return {"format": "mmsplit-partition", "format_version": 1, "part_id": 0, "num_parts": 1, "model_id": "m",
-            "plan_digest": "sha256:" + "0" * 64, "source_digest": "sha256:" + "0" * 64, "total_params": 3,
-            "total_bytes": 3, "stored_bytes": 3, "payload": payload, "layers": [layer]}  # fmt: skip
+    tensor = {
+        "name": "t",
+        "dtype": "U8",
+        "shape": [3],
+        "params": 3,
+        "bytes": 3,
+        "xxh3": "0" * 16,
+        "chunks": [0, 1],
+        "shard": "s",
+        "source_range": [80, 83],
+    }
+    layer = {
+        "name": "a",
+        "layer_type": "block",
+        "total_params": 3,
+        "total_bytes": 3,
+        "stored_bytes": 3,
+        "start": 4096,
+        "stop": 8192,
+        "tensors": [tensor],
+    }
+    payload = {
+        "file": "partition_0.bin",
+        "checksum": "xxh3_64",
+        "chunk_bytes": 4 << 20,
+        "chunk_count": 1,
+        "data_stop": 8192,
+        "index_xxh3": "0" * 16,
+    }
+    return {
+        "format": "mmsplit-partition",
+        "format_version": 1,
+        "part_id": 0,
+        "num_parts": 1,
+        "model_id": "m",
+        "plan_digest": "sha256:" + "0" * 64,
+        "source_digest": "sha256:" + "0" * 64,
+        "total_params": 3,
+        "total_bytes": 3,
+        "stored_bytes": 3,
+        "payload": payload,
+        "layers": [layer],
+    }
 
 
 def _change(key: str, value: object) -> Callable[[dict], None]:

@@ -81,7 +81,9 @@ def test_the_state_tells_what_is_unfinished(tmp_path: Path) -> None:
         with pytest.raises(OutputExistsError, match="--resume to go on"):
             out.prepare(_IDENTITY, "refuse")
         assert out.prepare(_IDENTITY, "force") == "nothing"
-        assert not (tmp_path / STATE_NAME).exists()
+        assert out.read_state()["source"] == _IDENTITY["source"]  # until it is clear that the run can be made
+        out.remove_own_files()
+        assert "source" not in out.read_state()  # all it still says is which small files are ours
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b"null", b"{", b"\xff", b"[" * 99999, b'{"source": "s"}'])

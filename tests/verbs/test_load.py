@@ -308,7 +308,7 @@ def test_a_partition_of_another_set_is_not_read(made: Path, source: Path, tmp_pa
 
 def test_a_directory_is_no_partition(made: Path) -> None:
     """The error says what to give instead."""
-    with pytest.raises(RequestError, match="name one partition in it, or use open_set"):
+    with pytest.raises(RequestError, match="name one partition of it, or use open_set"):
         open_partition(made)
 
 

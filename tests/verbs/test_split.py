@@ -145,14 +145,15 @@ def test_more_partitions_open_than_threads_and_slots(tmp_path: Path) -> None:
 
 
 def test_an_output_inside_the_source(tmp_path: Path) -> None:
-    """The set may lie in the checkpoint's own directory, or be that directory; the source stays a checkpoint."""
+    """The set may lie in the checkpoint's own directory, but not be that directory: it is only read."""
     source = write_checkpoint(tmp_path / "model", [llama_weights(2)], files={"config.json": CAUSAL_CONFIG})
     original = tree(source)
     split(source, source / "parts", 2)
-    split(source, source, 2)
-    split(source, source, 3, existing="force")
+    with pytest.raises(RequestError, match="directory of the source"):
+        split(source, source, 2)
+    split(source, source / "parts", 3, existing="force")
     assert {name: data for name, data in tree(source).items() if name in original} == original
-    merge(source, tmp_path / "back")
+    merge(source / "parts", tmp_path / "back")
     assert tree(tmp_path / "back") == original
 
 

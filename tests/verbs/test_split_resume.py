@@ -411,7 +411,7 @@ def test_a_small_file_that_changed_is_replaced_by_force(tmp_path: Path) -> None:
     split(source, tmp_path / "set", 2, existing="force")
     assert (tmp_path / "set" / "tokens.txt").read_bytes() == b"new"
     (tmp_path / "set" / "tokens.txt").write_bytes(b"edited")
-    with pytest.raises(OutputExistsError, match=r"tokens\.txt: another file"):
+    with pytest.raises(OutputExistsError, match=r"tokens\.txt: a file that mmsplit did not write"):
         split(source, tmp_path / "set", 2, existing="force")
     assert (tmp_path / "set" / "tokens.txt").read_bytes() == b"edited"
 
@@ -421,7 +421,7 @@ def test_a_small_file_that_changed_during_an_unfinished_run_is_replaced_by_force
     source = write_checkpoint(tmp_path / "model", [llama_weights(2)], files={"tokens.txt": b"old"})
     _interrupt(source, tmp_path / "set", 1)
     (source / "tokens.txt").write_bytes(b"new")
-    with pytest.raises(OutputExistsError, match=r"tokens\.txt: another file"):
+    with pytest.raises(SourceChangedError, match=r"tokens\.txt: file of the model is not the one"):
         split(source, tmp_path / "set", 2, existing="resume")
     split(source, tmp_path / "set", 2, existing="force")
     assert verify(tmp_path / "set", against=source).ok
@@ -431,7 +431,7 @@ def test_a_small_file_that_changed_during_an_unfinished_run_is_replaced_by_force
 def test_a_small_file_in_the_way_leaves_nothing_behind(small: Path, tmp_path: Path) -> None:
     """The refusal comes before the first byte, so that the next run is a first run."""
     (tmp_path / "config.json").write_bytes(b"mine")
-    with pytest.raises(OutputExistsError, match=r"config\.json: another file"):
+    with pytest.raises(OutputExistsError, match=r"config\.json: a file that mmsplit did not write"):
         split(small, tmp_path, 2)
     assert tree(tmp_path) == {"config.json": b"mine"}
 

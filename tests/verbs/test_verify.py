@@ -305,20 +305,29 @@ def test_full_finds_what_decodes_to_other_bytes(damaged: Path) -> None:
 
 
 def test_an_unknown_version_is_refused_by_name(damaged: Path) -> None:
-    """A set or partition of a later version is not damage: the error says which version it would need."""
+    """A set or partition of a later version is not damage: the error says which version it would need.
+
+    But a partition that a set of our version lists was of our version, so there it is damage among other damage.
+    """
     for name in (SET_MANIFEST_NAME, "partition_0.json"):
         path = damaged / name
         text = path.read_text()
         path.write_text(text.replace('"format_version": 1', '"format_version": 7'))
         with pytest.raises(FormatError, match=r"expected version 1, found 7.*reads format version 7"):
-            verify(damaged)
+            verify(damaged if name == SET_MANIFEST_NAME else path)
+        if name != SET_MANIFEST_NAME:
+            assert any("format version" in fault.what for fault in verify(damaged).problems)
         path.write_text(text)
     payload = damaged / "partition_0.bin"
     data = bytearray(payload.read_bytes())
     data[8:96] = (7).to_bytes(4, "little") + bytes(84)
     payload.write_bytes(data)
     with pytest.raises(FormatError, match=r"expected version 1, found 7"):
-        verify(damaged)
+        verify(payload)
+    flip(damaged / "partition_1.bin", 5000)
+    faults = verify(damaged).problems
+    assert any("format version" in fault.what for fault in faults)
+    assert any(fault.file.endswith("partition_1.bin") for fault in faults)
 
 
 @pytest.mark.parametrize(
@@ -406,7 +415,7 @@ def test_a_progress_that_ends_where_it_should(made: Path) -> None:
     """The last report says that all was done, and no report goes beyond that."""
     reports = []
     result = verify(made, threads=2, progress=reports.append)
-    assert max(report.done_bytes for report in reports) == reports[0].total_bytes == result.checked_bytes
+    assert max(report.done_bytes for report in reports) == reports[0].total_bytes >= result.checked_bytes
 
 
 def test_files_that_cannot_be_read_are_damage(damaged: Path) -> None:
