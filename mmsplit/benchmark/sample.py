@@ -15,7 +15,7 @@ from mmsplit.sidecar.output_files import output_errors
 def choose_tensors(checkpoint: Checkpoint, limit_bytes: int) -> list[TensorInfo]:
     """Return tensors of layers from the middle of the model outwards, until the next layer would exceed the limit.
 
-    The middle holds the blocks, which are what most of a model is made of.  At least one layer is taken.
+    The middle holds the blocks, which are what most of a model is made of.  At least two layers are taken: a split needs them.
     """
     layers, _ = checkpoint_layers(checkpoint)
     middle = len(layers) // 2
@@ -23,7 +23,7 @@ def choose_tensors(checkpoint: Checkpoint, limit_bytes: int) -> list[TensorInfo]
     total = 0
     for number, position in enumerate(sorted(range(len(layers)), key=lambda i: (abs(i - middle), i))):
         layer = layers[position]
-        if number >= 1 and total + layer.total_bytes > limit_bytes:
+        if number >= 2 and total + layer.total_bytes > limit_bytes:
             break
         chosen += layer.tensors
         total += layer.total_bytes
