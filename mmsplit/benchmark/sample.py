@@ -15,7 +15,8 @@ from mmsplit.sidecar.output_files import output_errors
 def choose_tensors(checkpoint: Checkpoint, limit_bytes: int) -> list[TensorInfo]:
     """Return tensors of layers from the middle of the model outwards, until the next layer would exceed the limit.
 
-    The middle holds the blocks, which are what most of a model is made of.  At least two layers are taken: a split needs them.
+    The middle holds the blocks, which are what most of a model is made of.  At least two layers are taken, so that
+    there is something to split.
     """
     layers, _ = checkpoint_layers(checkpoint)
     middle = len(layers) // 2
