@@ -38,8 +38,7 @@ def run(arguments: Sequence[str]) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
         except BrokenPipeError:
-            # The reader of our output has gone; give Python nothing to complain about at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _abandon_stdout()
         return code
     except click.exceptions.Exit as stop:
         return stop.exit_code
@@ -61,6 +60,8 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if debug:
             traceback.print_exc()
+        if error.filename is None:
+            _abandon_stdout()
         where = error.filename or "the result"
         click.echo(f"mmsplit: error: {where}: {error.strerror or error}", err=True)
         return OutputError.exit_code
@@ -72,3 +73,11 @@ def run(arguments: Sequence[str]) -> int:
             err=True,
         )
         return 1
+
+
+def _abandon_stdout() -> None:
+    """Give Python nothing to complain about at exit, when it flushes what nobody takes."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):
+        pass  # no stdout of a file's kind
