@@ -250,13 +250,18 @@ def _state_checksum(state: Mapping[str, object]) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file that has a name of ours has our content, too; work in progress and journals go by their name."""
+    """Whether a file that has a name of ours has our content, too.
+
+    A journal and half a JSON have no mark and go by their name; a payload has its header before anything else.
+    """
     if not path.is_file() or path.is_symlink():
         return False
-    if path.name.endswith((PARTIAL_SUFFIX, ".journal")):
+    if path.name.endswith((".journal", f".json{PARTIAL_SUFFIX}")):
         return True
     with path.open("rb") as file:
         head = file.read(256)
+    if path.name.endswith(f".bin{PARTIAL_SUFFIX}"):
+        return not head or head.startswith(MAGIC)
     return head.startswith(MAGIC) if path.suffix == ".bin" else b'"mmsplit-' in head
 
 

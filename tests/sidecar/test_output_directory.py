@@ -133,3 +133,15 @@ def test_space_is_counted_for_this_user(tmp_path: Path) -> None:
         out.require_space(free // 2, "it")
         with pytest.raises(NoSpaceError, match=r"too little free space for it \(expected [\d,]+ bytes free"):
             out.require_space(2**62, "it")
+
+
+def test_a_users_file_with_the_name_of_work_in_progress_is_not_ours(tmp_path: Path) -> None:
+    """A payload under construction begins with its header or is empty; anything else is somebody's."""
+    mine = tmp_path / "partition_9.bin.partial"
+    mine.write_bytes(b"a download of mine")
+    with OutputDirectory(tmp_path) as out:
+        with pytest.raises(OutputExistsError, match="mmsplit did not write it"):
+            out.prepare(_IDENTITY, "force")
+        assert mine.read_bytes() == b"a download of mine"
+        mine.write_bytes(b"")
+        assert out.prepare(_IDENTITY, "force") == "nothing"
