@@ -13,7 +13,7 @@ import numpy as np
 
 import mmsplit.benchmark.rates as rates
 from mmsplit.benchmark.sample import choose_tensors, write_sample
-from mmsplit.checkpoint import Checkpoint, ReaderPool, Scratch, TensorInfo, open_checkpoint
+from mmsplit.checkpoint import Checkpoint, Scratch, TensorInfo, open_checkpoint
 from mmsplit.errors import OutputError
 from mmsplit.sidecar.output_directory import free_bytes
 from mmsplit.sidecar.output_files import output_errors
@@ -154,7 +154,7 @@ def _bench(source: str | Path | None, work: Path, sample_bytes: int, threads: in
     sample = open_checkpoint(work / "sample")
 
     say("reading")
-    largest = max((shard.path for shard in (origin or sample).shards), key=lambda path: path.stat().st_size)
+    largest = Path(max((origin or sample).shards, key=lambda shard: shard.size_bytes).location)
     cold = rates.drop_from_cache(largest)
     read = rates.read_rate(largest, sample_bytes)
     say("writing")
@@ -214,7 +214,7 @@ def _bytes_of(checkpoint: Checkpoint, tensors: Iterable[TensorInfo], limit_bytes
     """Return the first bytes of the tensors, one after the other, up to the limit."""
     pieces = bytearray()
     scratch = Scratch()
-    with ReaderPool(checkpoint) as readers:
+    with checkpoint.open_readers() as readers:
         for tensor in tensors:
             stop = min(tensor.stop_offset, tensor.start_offset + limit_bytes - len(pieces))
             with (

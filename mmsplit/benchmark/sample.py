@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mmsplit.checkpoint import Checkpoint, ReaderPool, Scratch, TensorInfo
+from mmsplit.checkpoint import Checkpoint, Scratch, TensorInfo
 from mmsplit.checkpoint.header_writer import format_header
 from mmsplit.planning import checkpoint_layers
 from mmsplit.sidecar.layout import CHUNK_BYTES
@@ -37,7 +37,7 @@ def write_sample(checkpoint: Checkpoint, tensors: list[TensorInfo], directory: P
     (directory / "config.json").write_text(json.dumps(checkpoint.config or {}))
     path = directory / "model.safetensors"
     scratch = Scratch()
-    with output_errors(path), path.open("wb") as file, ReaderPool(checkpoint) as readers:
+    with output_errors(path), path.open("wb") as file, checkpoint.open_readers() as readers:
         file.write(format_header((t.name, t.dtype, t.shape, t.size_bytes) for t in tensors))
         for tensor in tensors:
             with readers.lend(tensor.shard) as reader:

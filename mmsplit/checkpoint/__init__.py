@@ -1,22 +1,30 @@
 """Where tensors live: header bytes -> `TensorInfo`, byte range -> view."""
 
-from mmsplit.checkpoint.checkpoint import Checkpoint, Shard, open_checkpoint
+from mmsplit.checkpoint.checkpoint import Checkpoint, Shard, open_checkpoint, read_checkpoint
+from mmsplit.checkpoint.directory import choose_checkpoint_files
 from mmsplit.checkpoint.file_reader import FileReader, Fingerprint, IoMode, Scratch, aligned_buffer
 from mmsplit.checkpoint.reader_pool import ReaderPool
 from mmsplit.checkpoint.shard_hasher import ShardHasher
+from mmsplit.checkpoint.storage import Identity, RangeReader, ShardReaders, Storage
 from mmsplit.checkpoint.tensor import ShardHeader, TensorInfo
 
 __all__ = [
     "Checkpoint",
     "FileReader",
     "Fingerprint",
+    "Identity",
     "IoMode",
+    "RangeReader",
     "ReaderPool",
     "Scratch",
     "Shard",
     "ShardHasher",
     "ShardHeader",
+    "ShardReaders",
+    "Storage",
     "TensorInfo",
     "aligned_buffer",
+    "choose_checkpoint_files",
     "open_checkpoint",
+    "read_checkpoint",
 ]

@@ -1,13 +1,14 @@
-"""Which files of a directory are the checkpoint: its shards, its weights index, the small files that belong to it."""
+"""Which files are the checkpoint: its shards, its weights index, the small files that belong to it."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple
 
+from mmsplit.checkpoint.local_storage import LocalStorage
+from mmsplit.checkpoint.storage import Storage
 from mmsplit.checkpoint.weights_index import SUFFIX, is_plain_name, parse_weights_index
 from mmsplit.errors import CheckpointError, MissingShardError
 
@@ -37,15 +38,14 @@ _NUMBERED: Final = re.compile(r"^(?P<family>.+)-(?P<number>\d{5,6})-of-(?P<count
 #: Partition sets may live beside the checkpoint they came from; they are never part of it.
 _PARTITION_FILE: Final = re.compile(r"^(partition_(\d+|set)\.(json|bin)(\..*)?|unfinished_split\.json)$", re.ASCII)
 _DOWNLOAD_HINT: Final = "Download the missing shards, then run again."
-_OUTPUT_MARKS: Final = ("partition_set.json", "unfinished_split.json")
 
 
 class CheckpointFiles(NamedTuple):
     """The files of a checkpoint.  `shards` are in name order; `weight_map` is None without an index."""
 
-    root: Path
-    shards: tuple[Path, ...]
-    index_path: Path | None
+    storage: Storage
+    shards: tuple[str, ...]
+    index_name: str | None
     index_bytes: bytes
     weight_map: dict[str, str] | None
     small_files: tuple[str, ...]
@@ -58,16 +58,25 @@ def find_checkpoint_files(path: Path) -> CheckpointFiles:
     Raises `CheckpointError`, also where the operating system refuses to look.
     """
     try:
-        files = _find(path)
+        return _require_sound(_find(path))
     except OSError as error:
         raise CheckpointError(f"cannot look at it: {error.strerror}", path=error.filename or path) from error
+
+
+def choose_checkpoint_files(storage: Storage) -> CheckpointFiles:
+    """Decide which files of a whole storage are the checkpoint.  Raises as `find_checkpoint_files` does."""
+    return _require_sound(_choose(storage))
+
+
+def _require_sound(files: CheckpointFiles) -> CheckpointFiles:
     for shard in files.shards:
-        if not shard.is_file():
-            raise MissingShardError("shard is a link that leads nowhere", path=shard, hint=_DOWNLOAD_HINT)
-        if not is_plain_name(shard.name):
+        location = files.storage.location_of(shard)
+        if files.storage.file_bytes(shard) is None:
+            raise MissingShardError("shard is a link that leads nowhere", path=location, hint=_DOWNLOAD_HINT)
+        if not is_plain_name(shard):
             # The partition set records the name; a reader on another system must be able to use it.
             raise CheckpointError(
-                "shard's name is not plain printable text without / \\ and :", path=shard, hint="Rename the file."
+                "shard's name is not plain printable text without / \\ and :", path=location, hint="Rename the file."
             )
     return files
 
@@ -75,19 +84,21 @@ def find_checkpoint_files(path: Path) -> CheckpointFiles:
 def _find(path: Path) -> CheckpointFiles:
     if not path.exists():
         raise CheckpointError(
-            "no such file or directory", path=path, hint="Give a directory that holds .safetensors files."
+            "no such file or directory",
+            path=path,
+            hint="Give a directory that holds .safetensors files, or a model of the Hub: org/name.",
         )
     if path.is_dir():
-        return _in_directory(path)
+        return _choose(LocalStorage(path))
+    storage = LocalStorage(path.parent)
     if path.name.endswith(INDEX_SUFFIX):
-        return _from_index(path.parent, path.name)
+        return _from_index(storage, path.name)
     if path.suffix == SUFFIX:
         if not path.is_file():
             raise CheckpointError("not a regular file", path=path)
         numbered = _NUMBERED.match(path.name)
         alone = [f"{path.name} is one of {int(numbered['count'])} shards, and is taken alone"] if numbered else []
-        small_files = _small_files(path.parent, alone, deep=False)
-        return CheckpointFiles(path.parent, (path,), None, b"", None, *small_files)
+        return _without_index(storage, [path.name], alone, deep=False)
     raise CheckpointError(
         "not a safetensors file, a weights index or a directory",
         path=path,
@@ -95,26 +106,13 @@ def _find(path: Path) -> CheckpointFiles:
     )
 
 
-def _in_directory(root: Path) -> CheckpointFiles:
-    names = _names_in(root)
+def _choose(storage: Storage) -> CheckpointFiles:
+    names = storage.names()
     weights = [name for name in names if name.endswith(SUFFIX)]
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     families = {_family(name) for name in weights} | {name.removesuffix(INDEX_SUFFIX) for name in indexes}
     if not families:
-        partitions = [name for name in names if _PARTITION_FILE.match(name)]
-        if partitions:
-            raise CheckpointError(
-                "this directory holds partitions, not a checkpoint",
-                path=root,
-                hint=f"Merge the whole set first, or name one partition, such as {root / partitions[-1]}.",
-            )
-        other = sorted({Path(name).suffix for name in names} & {".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5"})
-        raise CheckpointError(
-            "no .safetensors file in this directory",
-            path=root,
-            found=f"weights of other formats: {', '.join(other)}" if other else None,
-            hint="Convert them to safetensors first." if other else "Give the directory that holds the weights.",
-        )
+        raise _no_weights(storage, names)
     family: str | None = next((name for name in PREFERRED_FAMILIES if name in families), None)
     if family is None and len(indexes) == 1:
         family = indexes[0].removesuffix(INDEX_SUFFIX)
@@ -124,25 +122,33 @@ def _in_directory(root: Path) -> CheckpointFiles:
     else:
         members = [name for name in weights if _family(name) == family]
         notes += _note_left([name for name in weights if _family(name) != family], f"beside {family!r}")
-        if f"{family}{INDEX_SUFFIX}" in indexes:
-            if members == [f"{family}{SUFFIX}"]:
-                # save_pretrained leaves a stale index behind when a later save fits one file; loaders take the file.
-                index = root / f"{family}{INDEX_SUFFIX}"
-                if set(_read_index(index)[1].values()) != set(members):
-                    notes.append(f"{index.name} names other shards than {members[0]}, which is complete without it")
-                    return CheckpointFiles(root, (root / members[0],), None, b"", None, *_small_files(root, notes))
-            return _from_index(root, f"{family}{INDEX_SUFFIX}")
-    _require_numbered_siblings(root, members)
-    return CheckpointFiles(root, tuple(root / name for name in members), None, b"", None, *_small_files(root, notes))
+        index_name = f"{family}{INDEX_SUFFIX}"
+        if index_name in indexes:
+            # save_pretrained leaves a stale index behind when a later save fits one file; loaders take the file.
+            alone = members == [f"{family}{SUFFIX}"]
+            if alone and set(_read_index(storage, index_name)[1].values()) != set(members):
+                notes.append(f"{index_name} names other shards than {members[0]}, which is complete without it")
+                return _without_index(storage, members, notes)
+            return _from_index(storage, index_name)
+    _require_numbered_siblings(storage, members)
+    return _without_index(storage, members, notes)
 
 
-def _names_in(root: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(root) if _is_file(entry) and not entry.name.startswith("."))
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a file, or a shard that a link promises: a Hub cache that lost a blob has such links."""
-    return entry.is_file() or (entry.is_symlink() and entry.name.endswith(SUFFIX) and not entry.is_dir())
+def _no_weights(storage: Storage, names: list[str]) -> CheckpointError:
+    partitions = [name for name in names if _PARTITION_FILE.match(name)]
+    if partitions:
+        return CheckpointError(
+            "this directory holds partitions, not a checkpoint",
+            path=storage.location,
+            hint=f"Merge the whole set first, or name one partition, such as {storage.location_of(partitions[-1])}.",
+        )
+    other = sorted({Path(name).suffix for name in names} & {".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5"})
+    return CheckpointError(
+        "no .safetensors file in this directory",
+        path=storage.location,
+        found=f"weights of other formats: {', '.join(other)}" if other else None,
+        hint="Convert them to safetensors first." if other else "Give the directory that holds the weights.",
+    )
 
 
 def _note_left(shards: list[str], where: str) -> list[str]:
@@ -157,40 +163,39 @@ def _family(name: str) -> str:
     return numbered["family"] if numbered else name.removesuffix(SUFFIX)
 
 
-def _read_index(path: Path) -> tuple[bytes, dict[str, str]]:
-    try:
-        if path.stat().st_size > _MAX_INDEX_BYTES:
-            raise CheckpointError("weights index is too large", path=path, found=path.stat().st_size)
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read the weights index: {error.strerror}", path=path) from error
-    return data, parse_weights_index(data, str(path))
+def _read_index(storage: Storage, name: str) -> tuple[bytes, dict[str, str]]:
+    size = storage.file_bytes(name)
+    if size is not None and size > _MAX_INDEX_BYTES:
+        raise CheckpointError("weights index is too large", path=storage.location_of(name), found=size)
+    data = storage.read_file(name)
+    return data, parse_weights_index(data, storage.location_of(name))
 
 
-def _from_index(root: Path, index_name: str) -> CheckpointFiles:
-    index = root / index_name
-    data, weight_map = _read_index(index)
+def _without_index(storage: Storage, shards: list[str], notes: list[str], *, deep: bool = True) -> CheckpointFiles:
+    return CheckpointFiles(storage, tuple(shards), None, b"", None, *_small_files(storage, notes, deep=deep))
+
+
+def _from_index(storage: Storage, index_name: str) -> CheckpointFiles:
+    data, weight_map = _read_index(storage, index_name)
     shards = sorted(set(weight_map.values()))
-    missing = [name for name in shards if not (root / name).is_file()]
+    missing = [name for name in shards if storage.file_bytes(name) is None]
     if missing:
         raise MissingShardError(
             f"{len(missing)} of {len(shards)} shards named by {index_name} are missing: "
             f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}",
-            path=root / missing[0],
+            path=storage.location_of(missing[0]),
             hint=_DOWNLOAD_HINT,
         )
     family = index_name.removesuffix(INDEX_SUFFIX)
-    left = [name for name in _names_in(root) if name.endswith(SUFFIX) and name not in set(shards)]
+    left = [name for name in storage.names() if name.endswith(SUFFIX) and name not in set(shards)]
     stray = [name for name in left if _family(name) == family]
     notes = _note_left([name for name in left if _family(name) != family], f"beside {family!r}")
     if stray:
         notes.append(f"{len(stray)} file(s) named like shards are not in {index_name}: {', '.join(stray[:3])}")
-    return CheckpointFiles(
-        root, tuple(root / name for name in shards), index, data, weight_map, *_small_files(root, notes)
-    )
+    return CheckpointFiles(storage, tuple(shards), index_name, data, weight_map, *_small_files(storage, notes))
 
 
-def _require_numbered_siblings(root: Path, members: list[str]) -> None:
+def _require_numbered_siblings(storage: Storage, members: list[str]) -> None:
     """Without an index the numbers in the names are the only promise; hold the directory to it."""
     present = set(members)
     promised: dict[tuple[str, int, str], str] = {}  # one of the files that make the promise
@@ -205,13 +210,13 @@ def _require_numbered_siblings(root: Path, members: list[str]) -> None:
             if sibling not in present:
                 raise MissingShardError(
                     f"shard is missing: {name} says there are {count:,}, and there is no index",
-                    path=root / sibling,
+                    path=storage.location_of(sibling),
                     hint=_DOWNLOAD_HINT,
                 )
 
 
 def _small_files(
-    root: Path, notes: list[str] | None = None, *, deep: bool = True
+    storage: Storage, notes: list[str] | None = None, *, deep: bool = True
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names, relative with `/`, of the files that make the model usable, and notes on what is left behind.
 
@@ -219,7 +224,7 @@ def _small_files(
     """
     notes = list(notes or ())
     names: list[str] = []
-    for relative, size in _walk(root, deep, notes):
+    for relative, size in _walk(storage, deep, notes):
         if not all(is_plain_name(part) for part in relative.split("/")):
             # A partition set could not record it: its readers refuse such names.
             notes.append(f"{relative!r} is not carried along: its name is not plain printable text without \\ and :")
@@ -233,43 +238,26 @@ def _small_files(
     return tuple(names), tuple(notes)
 
 
-def _is_output(folder: Path) -> bool:
-    """Whether a folder is somebody's partition set, finished or not, rather than part of the model."""
-    return any((folder / name).exists() for name in _OUTPUT_MARKS)
-
-
-def _walk(root: Path, deep: bool, notes: list[str]) -> Iterator[tuple[str, int]]:
-    """Regular files below `root` in a fixed order, hidden names and weights of any framework left out.
+def _walk(storage: Storage, deep: bool, notes: list[str]) -> Iterator[tuple[str, int]]:
+    """Files in a fixed order, weights of any framework left out.
 
     A note is made of what only a person can judge: shards in subfolders, and folders that may not be read.
     """
-
-    def unreadable(error: OSError) -> None:
-        notes.append(f"{error.filename} is not carried along: {error.strerror}")
-
     shards_below: list[str] = []
     other_weights: list[str] = []
-    for directory, folders, files in os.walk(root, onerror=unreadable):
-        folders[:] = sorted(
-            name for name in folders if deep and not name.startswith(".") and not _is_output(Path(directory, name))
-        )
-        prefix = Path(directory).relative_to(root)
-        for name in sorted(files):
-            path = Path(directory, name)
-            if name.startswith("."):
-                continue
-            suffix = path.suffix.lower()
-            if suffix == SUFFIX and prefix.parts:
-                shards_below.append((prefix / name).as_posix())
-            elif suffix in WEIGHT_SUFFIXES and suffix != SUFFIX and not _PARTITION_FILE.match(name):
-                other_weights.append((prefix / name).as_posix())
-            if (
-                suffix in WEIGHT_SUFFIXES | _DEBRIS_SUFFIXES
-                or name.endswith(INDEX_SUFFIX)
-                or _PARTITION_FILE.match(name)
-                or not path.is_file()
-            ):
-                continue
-            yield (prefix / name).as_posix(), path.stat().st_size
+    for relative, size in storage.walk(deep, notes):
+        path = PurePosixPath(relative)
+        suffix = path.suffix.lower()
+        if suffix == SUFFIX and len(path.parts) > 1:
+            shards_below.append(relative)
+        elif suffix in WEIGHT_SUFFIXES and suffix != SUFFIX and not _PARTITION_FILE.match(path.name):
+            other_weights.append(relative)
+        if (
+            suffix not in WEIGHT_SUFFIXES | _DEBRIS_SUFFIXES
+            and not path.name.endswith(INDEX_SUFFIX)
+            and not _PARTITION_FILE.match(path.name)
+            and size is not None
+        ):
+            yield relative, size
     notes += _note_left(shards_below, "in subfolders")
     notes += _note_left(other_weights, "of other formats")

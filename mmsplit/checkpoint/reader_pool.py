@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from mmsplit.checkpoint.checkpoint import Checkpoint
-from mmsplit.checkpoint.file_reader import FileReader, IoMode
+from mmsplit.checkpoint.storage import RangeReader
 
 #: A lease and a file descriptor are held per open shard; thousands of shards must not use up either.
 _MAX_OPEN: Final = 32
@@ -18,28 +17,37 @@ _MAX_OPEN: Final = 32
 class ReaderPool:
     """Lends the readers of a checkpoint's shards by name."""
 
-    def __init__(self, checkpoint: Checkpoint, io: IoMode = "auto") -> None:
-        self._checkpoint = checkpoint
-        self._io = io
+    def __init__(self, open_shard: Callable[[str], RangeReader]) -> None:
+        """`open_shard` may take its time: only those who want the same shard wait for it."""
+        self._open_shard = open_shard
         self._lock = threading.Lock()
-        self._readers: OrderedDict[str, FileReader] = OrderedDict()
+        self._opening: dict[str, threading.Lock] = {}
+        self._readers: OrderedDict[str, RangeReader] = OrderedDict()
         self._in_use: dict[str, int] = {}
 
     @contextmanager
-    def lend(self, shard: str) -> Iterator[FileReader]:
+    def lend(self, shard: str) -> Iterator[RangeReader]:
         """Lend the reader of a shard until the block ends.  Raises `SourceChangedError` as opening does."""
         with self._lock:
-            reader = self._readers.get(shard)
-            if reader is None:
-                reader = self._readers[shard] = self._checkpoint.open_shard(shard, self._io)
-            self._readers.move_to_end(shard)
             self._in_use[shard] = self._in_use.get(shard, 0) + 1
-            self._close_idle()
+            opening = self._opening.setdefault(shard, threading.Lock())
         try:
+            with opening:
+                with self._lock:
+                    reader = self._readers.get(shard)
+                if reader is None:
+                    reader = self._open_shard(shard)
+                with self._lock:
+                    self._readers[shard] = reader
+                    self._readers.move_to_end(shard)
+                    self._close_idle()
             yield reader
         finally:
             with self._lock:
                 self._in_use[shard] -= 1
+
+    def cancel(self) -> None:
+        """Nobody waits here for longer than a disk takes."""
 
     def close(self) -> None:
         """Close all readers; none may be lent out."""

@@ -174,4 +174,4 @@ def require_every_byte_accounted_for(
                 break
             position = stop
         if position != shard.size_bytes:
-            raise PlanError("byte of the source has no place in the plan", path=shard.path, offset=position)
+            raise PlanError("byte of the source has no place in the plan", path=shard.location, offset=position)

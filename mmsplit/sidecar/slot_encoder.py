@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from mmsplit.checkpoint import ReaderPool, Scratch, aligned_buffer
+from mmsplit.checkpoint import Scratch, ShardReaders, aligned_buffer
 from mmsplit.codec import ChunkEncoder, CodecName
 from mmsplit.sidecar.chunk_index import ChunkIndex, empty_index
 from mmsplit.sidecar.layout import CHUNK_ALIGNMENT, CHUNK_BYTES, SLOT_ALIGNMENT, SLOT_BYTES, Slot, aligned
@@ -30,7 +30,7 @@ class SlotEncoder:
     `permits` bounds how many encode at once; reading ahead of it and writing after it need no permit.
     """
 
-    def __init__(self, readers: ReaderPool, codec: CodecName, permits: threading.Semaphore) -> None:
+    def __init__(self, readers: ShardReaders, codec: CodecName, permits: threading.Semaphore) -> None:
         self._readers = readers
         self._permits = permits
         self._encoder = ChunkEncoder(codec, CHUNK_BYTES)

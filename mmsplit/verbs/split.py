@@ -19,7 +19,7 @@ from typing import Final, NamedTuple, get_args
 
 import xxhash
 
-from mmsplit.checkpoint import Checkpoint, IoMode, ReaderPool, Scratch, ShardHasher, open_checkpoint
+from mmsplit.checkpoint import Checkpoint, IoMode, Scratch, ShardHasher, ShardReaders, open_checkpoint
 from mmsplit.codec import CODEC_NAMES, ENCODER, CodecName
 from mmsplit.errors import OutputExistsError, RequestError, SourceChangedError
 from mmsplit.planning import (
@@ -160,7 +160,7 @@ def split(
         _source_digest(source, headers),
     )
     kept = {name: KeptBytes.of(headers.pop(name)) for name in list(headers)}
-    if Path(output).resolve() == source.root.resolve():
+    if Path(output).resolve() == Path(source.location).resolve():
         raise RequestError(
             "output is the directory of the source, which is only read",
             path=output,
@@ -268,9 +268,9 @@ class _SplitRun:
         ]
         if found == "unfinished":
             self._recover(parts)
-        with ReaderPool(self._checkpoint, self._options.io) as readers:
+        with self._checkpoint.open_readers(self._options.io) as readers:
             self._require_space(parts, readers)
-            root = self._checkpoint.root
+            root = Path(self._checkpoint.location)
             files = read_small_files(root, self._checkpoint.small_files)
             if found == "unfinished":
                 self._require_same_small_files(files)
@@ -303,7 +303,7 @@ class _SplitRun:
         }
 
     def _write_state(self) -> None:
-        fingerprints = {shard.name: list(shard.fingerprint) for shard in self._checkpoint.shards}
+        fingerprints = {shard.name: list(shard.identity) for shard in self._checkpoint.shards}
         known = {"fingerprints": fingerprints, "files": self._files, "shard_sha256": self._shard_sha256}
         self._out.write_state({**self._identity(), **known})
 
@@ -316,12 +316,12 @@ class _SplitRun:
         fingerprints = state.get("fingerprints")
         for shard in self._checkpoint.shards:
             before = fingerprints.get(shard.name) if isinstance(fingerprints, dict) else None
-            if before != list(shard.fingerprint):
+            if before != list(shard.identity):
                 raise SourceChangedError(
                     "shard is not the one the unfinished split read: it was changed, copied or moved since",
-                    path=shard.path,
+                    path=shard.location,
                     expected=f"size, time, inode, device {before}",
-                    found=f"{list(shard.fingerprint)}",
+                    found=f"{list(shard.identity)}",
                     hint="What is finished cannot be trusted to be of this file; use --force to start again.",
                 )
         digests = state.get("shard_sha256")
@@ -340,11 +340,11 @@ class _SplitRun:
             if entry.sha256 not in recorded.get(entry.name, (entry.sha256,)):
                 raise SourceChangedError(
                     "file of the model is not the one the unfinished split copied",
-                    path=self._checkpoint.root / entry.name,
+                    path=self._checkpoint.location_of(entry.name),
                     hint="Bring it back, or use --force to start again.",
                 )
 
-    def _stream(self, parts: Sequence[_PartitionRun], readers: ReaderPool) -> None:
+    def _stream(self, parts: Sequence[_PartitionRun], readers: ShardReaders) -> None:
         unfinished = [part for part in parts if not part.writer.is_finished]
 
         def cancel() -> None:
@@ -376,11 +376,11 @@ class _SplitRun:
             self._shard_sha256[shard] = digest
             self._write_state()
 
-    def _require_space(self, parts: Sequence[_PartitionRun], readers: ReaderPool) -> None:
+    def _require_space(self, parts: Sequence[_PartitionRun], readers: ShardReaders) -> None:
         """Refuse before the first byte if the set cannot fit; measure the ratio only if the worst case would not."""
         tensor_count = sum(len(layer.tensors) for part in self._plan.partitions for layer in part.layers)
         extra = tensor_count * _MANIFEST_BYTES_PER_TENSOR
-        extra += sum((self._checkpoint.root / name).stat().st_size for name in self._checkpoint.small_files)
+        extra += sum(self._checkpoint.storage.file_bytes(name) or 0 for name in self._checkpoint.small_files)
         worst = sum(part.largest_bytes() for part in parts if not part.writer.is_finished)
         if free_bytes(self._out.path) + self._out.reclaimable_bytes >= worst + extra:
             return
@@ -419,7 +419,7 @@ def _require_same_weights(checkpoint: Checkpoint, root: Path, manifest: SetManif
     To compare all would be to read all; whoever must be sure verifies the set against the source.
     """
     scratch = Scratch()
-    with ReaderPool(checkpoint, "pread") as readers:
+    with checkpoint.open_readers("pread") as readers:
         for entry in manifest.partitions:
             with open_partition_of_set(root, manifest, entry.part_id, "pread") as partition:
                 for layer in partition.manifest.layers:
@@ -454,7 +454,7 @@ def _iter_jobs(parts: Sequence[_PartitionRun]) -> Iterator[_Job]:
                 yield _Job(part, slot)
 
 
-def _with_read_ahead(jobs: Iterator[_Job], readers: ReaderPool) -> Iterator[_Job]:
+def _with_read_ahead(jobs: Iterator[_Job], readers: ShardReaders) -> Iterator[_Job]:
     """Pass jobs on, telling the kernel about each some time before it is handed out."""
     waiting: deque[_Job] = deque()
     for job in jobs:
@@ -477,7 +477,7 @@ def _encode_and_write(job: _Job, encoder: SlotEncoder, counter: ProgressCounter)
     counter.add(job.slot.raw_bytes)
 
 
-def _sample_ratio(parts: Sequence[_PartitionRun], readers: ReaderPool, codec: CodecName) -> float:
+def _sample_ratio(parts: Sequence[_PartitionRun], readers: ShardReaders, codec: CodecName) -> float:
     """Encode slots spread over the whole plan on trial; return stored by raw bytes."""
     every = max(1, sum(part.slot_count for part in parts) // _SPACE_SAMPLES)
     encoder = SlotEncoder(readers, codec, threading.Semaphore(1))

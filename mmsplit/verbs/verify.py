@@ -10,7 +10,7 @@ from typing import Final, Literal, NamedTuple, get_args
 
 import xxhash
 
-from mmsplit.checkpoint import Checkpoint, IoMode, ReaderPool, Scratch, open_checkpoint
+from mmsplit.checkpoint import Checkpoint, IoMode, Scratch, ShardReaders, open_checkpoint
 from mmsplit.codec import ChunkDecoder
 from mmsplit.errors import CheckpointError, FormatError, IntegrityError, MmsplitError, RequestError
 from mmsplit.sidecar.layout import CHUNK_BYTES, DATA_START
@@ -334,9 +334,9 @@ def _verify_against(
     part_id = partition.manifest.part_id
     if partition.tensors and not any(tensor.name in source.tensors for tensor in partition.tensors):
         what = f"not the checkpoint that partition {part_id} was made from: it has none of its tensors"
-        report(Fault(str(source.root), what, partition=part_id))
+        report(Fault(source.location, what, partition=part_id))
         return
-    with ReaderPool(source, io) as readers, WorkerGroup() as group:
+    with source.open_readers(io) as readers, WorkerGroup(readers.cancel) as group:
 
         def make_worker() -> Callable[[_SourceChunk], None]:
             scratch = Scratch()
@@ -344,7 +344,7 @@ def _verify_against(
             def work(job: _SourceChunk) -> None:
                 what = _source_fault(job, readers, scratch)
                 if what is not None:
-                    file = str(source.root / job.tensor.shard)
+                    file = source.location_of(job.tensor.shard)
                     report(Fault(file, what, job.start, job.stop, part_id, None, job.tensor.name))
                 counter.add(job.stop - job.start)
 
@@ -354,7 +354,7 @@ def _verify_against(
         group.start_many("compare", threads + _EXTRA_THREADS, chunks, make_worker)
 
 
-def _source_fault(job: _SourceChunk, readers: ReaderPool, scratch: Scratch) -> str | None:
+def _source_fault(job: _SourceChunk, readers: ShardReaders, scratch: Scratch) -> str | None:
     """Return what is wrong with a chunk of the source, if anything; a file that fails is a finding, not the end."""
     try:
         with readers.lend(job.tensor.shard) as reader:
@@ -371,15 +371,15 @@ def _compare_headers(manifest: SetManifest, source: Checkpoint, report: Report) 
     for entry in manifest.shards:
         shard = shards.pop(entry.name, None)
         if shard is None:
-            report(Fault(str(source.root / entry.name), "source shard is missing"))
+            report(Fault(source.location_of(entry.name), "source shard is missing"))
             continue
         if shard.size_bytes != entry.size_bytes:
             what = f"source shard has another size: expected {entry.size_bytes:,} bytes, found {shard.size_bytes:,}"
-            report(Fault(str(shard.path), what, 0, shard.size_bytes))
+            report(Fault(shard.location, what, 0, shard.size_bytes))
         elif source.read_header(entry.name) != entry.header.data(entry.name):
-            report(Fault(str(shard.path), "source header is not the one that was split", 0, shard.header_bytes))
+            report(Fault(shard.location, "source header is not the one that was split", 0, shard.header_bytes))
     for shard in shards.values():
-        report(Fault(str(shard.path), "source shard is not part of the set"))
+        report(Fault(shard.location, "source shard is not part of the set"))
 
 
 def _iter_source_chunks(partition: OpenPartition, source: Checkpoint, report: Report) -> Iterator[_SourceChunk]:
@@ -396,7 +396,7 @@ def _iter_source_chunks(partition: OpenPartition, source: Checkpoint, report: Re
             what = "tensor is missing in the source" if there is None else "source has the tensor in another form"
             report(
                 Fault(
-                    str(source.root / tensor.shard),
+                    source.location_of(tensor.shard),
                     what,
                     tensor.source_start,
                     tensor.source_stop,

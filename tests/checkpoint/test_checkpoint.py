@@ -39,7 +39,7 @@ def test_tensors_of_all_shards_in_order(two_shards: Path) -> None:
     assert checkpoint.notes == ()
     assert (checkpoint.model_id, checkpoint.revision) == (two_shards.name, None)
     for shard in checkpoint.shards:
-        data = shard.path.read_bytes()
+        data = Path(shard.location).read_bytes()
         assert shard.size_bytes == len(data)
         assert checkpoint.read_header(shard.name) == data[: shard.header_bytes]
         with checkpoint.open_shard(shard.name) as reader:

@@ -131,8 +131,8 @@ def test_choice(
     """Shards in name order, the index that counts, and a note on what was left aside."""
     fill(tmp_path, names, indexes)
     found = find_checkpoint_files(tmp_path)
-    assert [path.name for path in found.shards] == shards
-    assert (found.index_path.name if found.index_path else None) == index
+    assert list(found.shards) == shards
+    assert found.index_name == index
     assert len(found.notes) == len(notes)
     for note, words in zip(found.notes, notes, strict=True):
         assert words in note
@@ -187,9 +187,9 @@ def test_path_may_be_a_shard_or_an_index(tmp_path: Path) -> None:
     """A shard stands for itself, an index for what it names."""
     fill(tmp_path, [*MODEL, "config.json"], {INDEX: over(MODEL[:1])})
     alone = find_checkpoint_files(tmp_path / MODEL[1])
-    assert alone.shards == (tmp_path / MODEL[1],)
+    assert alone.shards == (MODEL[1],)
     assert alone.notes == (f"{MODEL[1]} is one of 2 shards, and is taken alone",)
-    assert find_checkpoint_files(tmp_path / INDEX).shards == (tmp_path / MODEL[0],)
+    assert find_checkpoint_files(tmp_path / INDEX).shards == (MODEL[0],)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "config.json", "x.safetensors", "n" * 5000])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmsplit.checkpoint import FileReader, ReaderPool, open_checkpoint, reader_pool
+from mmsplit.checkpoint import FileReader, open_checkpoint, reader_pool
 from mmsplit.checkpoint.checkpoint import Checkpoint
 from mmsplit.errors import MmsplitError, SourceChangedError
 
@@ -28,7 +28,7 @@ def is_open(reader: FileReader) -> bool:
 
 def test_shard_is_opened_once(checkpoint: Checkpoint) -> None:
     """Whoever asks while it is open gets the same reader."""
-    with ReaderPool(checkpoint) as pool:
+    with checkpoint.open_readers() as pool:
         with pool.lend("a.safetensors") as one, pool.lend("a.safetensors") as two:
             assert one is two
         with pool.lend("a.safetensors") as three:
@@ -38,7 +38,7 @@ def test_shard_is_opened_once(checkpoint: Checkpoint) -> None:
 def test_idle_readers_beyond_the_bound_are_closed_oldest_first(checkpoint: Checkpoint) -> None:
     """The last two stay open."""
     readers = []
-    with ReaderPool(checkpoint) as pool:
+    with checkpoint.open_readers() as pool:
         for shard in checkpoint.shards:
             with pool.lend(shard.name) as reader:
                 readers.append(reader)
@@ -50,7 +50,7 @@ def test_idle_readers_beyond_the_bound_are_closed_oldest_first(checkpoint: Check
 
 def test_lent_readers_are_never_closed(checkpoint: Checkpoint) -> None:
     """More are lent than the bound allows; when they come back, the next lending closes them."""
-    with ReaderPool(checkpoint) as pool:
+    with checkpoint.open_readers() as pool:
         lent = [pool.lend(shard.name) for shard in checkpoint.shards[:5]]
         readers = [context.__enter__() for context in lent]
         assert all(is_open(reader) for reader in readers)
@@ -65,7 +65,7 @@ def test_lent_readers_are_never_closed(checkpoint: Checkpoint) -> None:
 
 def test_reader_comes_back_when_the_block_fails(checkpoint: Checkpoint) -> None:
     """A reader whose user failed is idle again."""
-    with ReaderPool(checkpoint) as pool:
+    with checkpoint.open_readers() as pool:
         with pytest.raises(KeyError), pool.lend("a.safetensors") as reader:
             raise KeyError
         for name in "bcd":
@@ -76,10 +76,10 @@ def test_reader_comes_back_when_the_block_fails(checkpoint: Checkpoint) -> None:
 
 def test_changed_shard_is_not_lent(checkpoint: Checkpoint) -> None:
     """Nor is anything left behind by the attempt."""
-    path = checkpoint.shards[0].path
+    path = Path(checkpoint.shards[0].location)
     before = path.read_bytes()
     path.write_bytes(before + b"x")
-    with ReaderPool(checkpoint) as pool:
+    with checkpoint.open_readers() as pool:
         for _ in range(2):
             with pytest.raises(SourceChangedError), pool.lend(path.name):
                 pass

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmsplit.checkpoint import ReaderPool, ShardHasher, open_checkpoint, shard_hasher
+from mmsplit.checkpoint import ShardHasher, open_checkpoint, shard_hasher
 from mmsplit.errors import CheckpointError
 from mmsplit.workers import Stopped
 
@@ -21,7 +21,7 @@ def test_digest_is_that_of_the_whole_file(tmp_path: Path, write_shard, small_ran
     path = write_shard(tmp_path / "model.safetensors", {"a": b"x" * 100})
     asked = []
     checkpoint = open_checkpoint(tmp_path)
-    with ReaderPool(checkpoint) as readers:
+    with checkpoint.open_readers() as readers:
         digest = ShardHasher(checkpoint, readers, lambda: asked.append(1)).sha256(path.name)
     data = path.read_bytes()
     assert digest == f"sha256:{hashlib.sha256(data).hexdigest()}"
@@ -35,7 +35,7 @@ def test_go_on_ends_the_work(tmp_path: Path, write_shard, small_ranges: None) ->
         raise Stopped
 
     checkpoint = open_checkpoint(tmp_path)
-    with ReaderPool(checkpoint) as readers, pytest.raises(Stopped):
+    with checkpoint.open_readers() as readers, pytest.raises(Stopped):
         ShardHasher(checkpoint, readers, stop).sha256(path.name)
 
 
@@ -52,7 +52,7 @@ def test_blob_of_the_hub_cache_must_have_the_digest_it_is_named_by(
     snapshot.mkdir(parents=True)
     (snapshot / "model.safetensors").symlink_to(blob)
     checkpoint = open_checkpoint(snapshot)
-    with ReaderPool(checkpoint) as readers:
+    with checkpoint.open_readers() as readers:
         hasher = ShardHasher(checkpoint, readers, lambda: None)
         if sound:
             assert hasher.sha256("model.safetensors").startswith("sha256:")

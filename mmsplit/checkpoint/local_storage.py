@@ -1,0 +1,121 @@
+"""A checkpoint in a directory of this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from mmsplit.checkpoint.file_reader import FileReader, Fingerprint, IoMode
+from mmsplit.checkpoint.reader_pool import ReaderPool
+from mmsplit.checkpoint.storage import Identity, RangeReader
+from mmsplit.checkpoint.weights_index import SUFFIX
+from mmsplit.errors import CheckpointError
+
+_SHA256_HEX: Final = re.compile(r"^[0-9a-f]{64}$", re.ASCII)
+#: What makes a folder somebody's partition set, finished or not, rather than part of the model.
+_OUTPUT_MARKS: Final = ("partition_set.json", "unfinished_split.json")
+
+
+class LocalStorage:
+    """The files below `directory`.  Links are followed: a snapshot of the Hub's cache consists of them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @property
+    def location(self) -> str:
+        """The directory."""
+        return str(self.directory)
+
+    @property
+    def model(self) -> tuple[str, str | None]:
+        """Model id and revision: from the Hub cache's own folder names where it is one, else the folder's name."""
+        parts = self.directory.absolute().parts
+        if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+            return parts[-3].removeprefix("models--").replace("--", "/", 1), parts[-1]
+        # ".." is taken out, but links are kept: the name a person gave
+        return Path(os.path.abspath(self.directory)).name, None  # noqa: PTH100
+
+    def location_of(self, name: str) -> str:
+        """Path of a file."""
+        return str(self.directory / name)
+
+    def names(self) -> list[str]:
+        """Sorted names of the files right inside; raises `OSError`."""
+        return sorted(
+            entry.name for entry in os.scandir(self.directory) if _is_file(entry) and not entry.name.startswith(".")
+        )
+
+    def walk(self, deep: bool, notes: list[str]) -> Iterator[tuple[str, int | None]]:
+        """Yield name and length of every file; other people's partition sets are left out."""
+
+        def unreadable(error: OSError) -> None:
+            notes.append(f"{error.filename} is not carried along: {error.strerror}")
+
+        for directory, folders, files in os.walk(self.directory, onerror=unreadable):
+            folders[:] = sorted(
+                name for name in folders if deep and not name.startswith(".") and not _is_output(Path(directory, name))
+            )
+            prefix = Path(directory).relative_to(self.directory)
+            for name in sorted(files):
+                if not name.startswith("."):
+                    path = Path(directory, name)
+                    yield (prefix / name).as_posix(), path.stat().st_size if path.is_file() else None
+
+    def file_bytes(self, name: str) -> int | None:
+        """Length of a regular file, or None; raises `OSError` if it cannot be looked at."""
+        path = self.directory / name
+        return path.stat().st_size if path.is_file() else None
+
+    def read_file(self, name: str) -> bytes:
+        """Read a small file."""
+        path = self.directory / name
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"cannot read a file of the model: {error.strerror}", path=path) from error
+
+    def identity_of(self, name: str) -> Identity:
+        """Size, time, inode and device of a shard."""
+        with self._open(name, "pread") as reader:
+            return reader.fingerprint
+
+    def open_shard(self, name: str, io: IoMode, identity: Identity | None = None) -> RangeReader:
+        """Open a shard; the operating system's refusals become `CheckpointError`."""
+        reader = self._open(name, io)
+        if identity is not None and reader.fingerprint != identity:
+            # Let the reader say it in the one way it is said everywhere.
+            reader.fingerprint = Fingerprint(*identity)  # type: ignore[arg-type]
+            try:
+                reader.require_unchanged()
+            finally:
+                reader.close()
+        return reader
+
+    def open_readers(self, io: IoMode, identities: Mapping[str, Identity]) -> ReaderPool:
+        """Return a pool that opens each shard at its first use."""
+        return ReaderPool(lambda name: self.open_shard(name, io, identities[name]))
+
+    def published_sha256(self, name: str) -> str | None:
+        """Read it off the Hub's cache: a snapshot links to blobs/<SHA-256> for files in large-file storage."""
+        blob = (self.directory / name).resolve()
+        return blob.name if blob.parent.name == "blobs" and _SHA256_HEX.match(blob.name) else None
+
+    def _open(self, name: str, io: IoMode) -> FileReader:
+        path = self.directory / name
+        try:
+            return FileReader(path, io=io)
+        except OSError as error:
+            raise CheckpointError(f"cannot open: {error.strerror}", path=path) from error
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file, or a shard that a link promises: a Hub cache that lost a blob has such links."""
+    return entry.is_file() or (entry.is_symlink() and entry.name.endswith(SUFFIX) and not entry.is_dir())
+
+
+def _is_output(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _OUTPUT_MARKS)
