@@ -5,6 +5,7 @@
     │   └── PlanError                no such plan: too many partitions, unknown layer …
     ├── CheckpointError           3  what the input got wrong
     │   ├── HeaderError              a safetensors header that must not be trusted
+    │   ├── TorchFileError           a PyTorch file that is damaged, or holds more than plain tensors
     │   ├── MissingShardError        a shard that the index or the numbering promises
     │   ├── IndexMismatchError       index and headers disagree
     │   └── SourceChangedError       the input changed while it was being read
@@ -16,6 +17,9 @@
     │   ├── OutputLockedError        another run is writing there
     │   └── NoSpaceError             too little free space
     ├── NetworkError              7  what the network got wrong
+    │   ├── AccessDeniedError        a token, a licence or a permission is wanting
+    │   ├── RemoteNotFoundError      no such repository, revision or file on the server
+    │   └── OfflineError             the network may not be used: HF_HUB_OFFLINE
     └── MissingExtraError         8  an optional package is not installed
 
 The number is the exit code of the command line; 0 is success, 130 an interrupt, and 1 is never used on purpose.
@@ -101,6 +105,10 @@ class HeaderError(CheckpointError):
     """A safetensors header breaks a rule; nothing of the file is used."""
 
 
+class TorchFileError(CheckpointError):
+    """A PyTorch file is damaged, or holds what is not read from one; nothing of the file is used."""
+
+
 class MissingShardError(CheckpointError):
     """A shard that the index or the numbering of its siblings promises is not there."""
 
@@ -151,6 +159,18 @@ class NetworkError(MmsplitError):
     """The network, or a server on it, failed."""
 
     exit_code = 7
+
+
+class AccessDeniedError(NetworkError):
+    """The server knows the thing and does not give it: log in, accept a licence, or ask for permission."""
+
+
+class RemoteNotFoundError(NetworkError):
+    """The server has no such repository, revision or file, or hides it from this caller."""
+
+
+class OfflineError(NetworkError):
+    """The network was needed and HF_HUB_OFFLINE forbids its use."""
 
 
 class MissingExtraError(MmsplitError):

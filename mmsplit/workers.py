@@ -85,6 +85,11 @@ class WorkerGroup:
         """Whether no further job should be begun."""
         return self._stopping.is_set()
 
+    @property
+    def error(self) -> BaseException | None:
+        """What ended the group, if anything has."""
+        return self._error
+
     def go_on(self) -> None:
         """Raise `Stopped` if the group is stopping; for jobs that take long."""
         if self.is_stopping:

@@ -3,6 +3,8 @@
 from mmsplit.checkpoint.checkpoint import Checkpoint, Shard, open_checkpoint, read_checkpoint
 from mmsplit.checkpoint.directory import choose_checkpoint_files
 from mmsplit.checkpoint.file_reader import FileReader, Fingerprint, IoMode, Scratch, aligned_buffer
+from mmsplit.checkpoint.local_storage import LocalStorage
+from mmsplit.checkpoint.read_ahead import ShardRange, iter_with_read_ahead
 from mmsplit.checkpoint.reader_pool import ReaderPool
 from mmsplit.checkpoint.shard_hasher import ShardHasher
 from mmsplit.checkpoint.storage import Identity, RangeReader, ShardReaders, Storage
@@ -14,17 +16,20 @@ __all__ = [
     "Fingerprint",
     "Identity",
     "IoMode",
+    "LocalStorage",
     "RangeReader",
     "ReaderPool",
     "Scratch",
     "Shard",
     "ShardHasher",
     "ShardHeader",
+    "ShardRange",
     "ShardReaders",
     "Storage",
     "TensorInfo",
     "aligned_buffer",
     "choose_checkpoint_files",
+    "iter_with_read_ahead",
     "open_checkpoint",
     "read_checkpoint",
 ]

@@ -77,7 +77,7 @@ class Checkpoint:
 
     def open_readers(self, io: IoMode = "auto") -> ShardReaders:
         """Return readers of all shards, for threads to share; they raise as `open_shard` does."""
-        return self.storage.open_readers(io, {shard.name: shard.identity for shard in self.shards})
+        return self.storage.open_readers(io, self._identities())
 
     def read_header(self, name: str) -> bytes:
         """Read bytes [0, `header_bytes`) of a shard: length field and header, verbatim."""
@@ -90,8 +90,10 @@ class Checkpoint:
 
     def require_unchanged(self) -> None:
         """Raise `SourceChangedError` if a shard is not the file whose header was read any more."""
-        for shard in self.shards:
-            self.open_shard(shard.name, "pread").close()
+        self.storage.require_unchanged(self._identities())
+
+    def _identities(self) -> dict[str, Identity]:
+        return {shard.name: shard.identity for shard in self.shards}
 
 
 def open_checkpoint(path: str | Path, *, allow_unknown_dtypes: bool = False) -> Checkpoint:

@@ -10,7 +10,7 @@ from typing import Final
 
 from mmsplit.checkpoint.file_reader import FileReader, Fingerprint, IoMode
 from mmsplit.checkpoint.reader_pool import ReaderPool
-from mmsplit.checkpoint.storage import Identity, RangeReader
+from mmsplit.checkpoint.storage import Identity
 from mmsplit.checkpoint.weights_index import SUFFIX
 from mmsplit.errors import CheckpointError
 
@@ -83,7 +83,12 @@ class LocalStorage:
         with self._open(name, "pread") as reader:
             return reader.fingerprint
 
-    def open_shard(self, name: str, io: IoMode, identity: Identity | None = None) -> RangeReader:
+    def require_unchanged(self, identities: Mapping[str, Identity]) -> None:
+        """Look at each shard once more."""
+        for name, identity in identities.items():
+            self.open_shard(name, "pread", identity).close()
+
+    def open_shard(self, name: str, io: IoMode, identity: Identity | None = None) -> FileReader:
         """Open a shard; the operating system's refusals become `CheckpointError`."""
         reader = self._open(name, io)
         if identity is not None and reader.fingerprint != identity:

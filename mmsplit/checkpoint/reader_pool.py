@@ -8,25 +8,36 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from mmsplit.checkpoint.storage import RangeReader
+from mmsplit.checkpoint.file_reader import FileReader
 
 #: A lease and a file descriptor are held per open shard; thousands of shards must not use up either.
 _MAX_OPEN: Final = 32
+_READ_AHEAD_BYTES: Final = 64 << 20
 
 
 class ReaderPool:
     """Lends the readers of a checkpoint's shards by name."""
 
-    def __init__(self, open_shard: Callable[[str], RangeReader]) -> None:
+    def __init__(self, open_shard: Callable[[str], FileReader]) -> None:
         """`open_shard` may take its time: only those who want the same shard wait for it."""
         self._open_shard = open_shard
         self._lock = threading.Lock()
         self._opening: dict[str, threading.Lock] = {}
-        self._readers: OrderedDict[str, RangeReader] = OrderedDict()
+        self._readers: OrderedDict[str, FileReader] = OrderedDict()
         self._in_use: dict[str, int] = {}
 
+    @property
+    def read_ahead_bytes(self) -> int:
+        """Enough for a disk to be busy."""
+        return _READ_AHEAD_BYTES
+
+    def announce(self, shard: str, start: int, stop: int) -> None:
+        """Ask the kernel to start reading [start, stop) of a shard; returns at once."""
+        with self.lend(shard) as reader:
+            reader.will_need(start, stop)
+
     @contextmanager
-    def lend(self, shard: str) -> Iterator[RangeReader]:
+    def lend(self, shard: str) -> Iterator[FileReader]:
         """Lend the reader of a shard until the block ends.  Raises `SourceChangedError` as opening does."""
         with self._lock:
             self._in_use[shard] = self._in_use.get(shard, 0) + 1

@@ -28,15 +28,19 @@ class RangeReader(Protocol):
     def read(self, start: int, stop: int) -> bytes:
         """Read the bytes [start, stop) into memory of their own; for headers."""
 
-    def will_need(self, start: int, stop: int) -> None:
-        """Say that [start, stop) is going to be borrowed; returns at once."""
-
     def close(self) -> None:
         """Let go of the file."""
 
 
 class ShardReaders(Protocol):
     """Lends the readers of a checkpoint's shards by name.  `ReaderPool` is the local one."""
+
+    @property
+    def read_ahead_bytes(self) -> int:
+        """How far ahead it pays to announce."""
+
+    def announce(self, shard: str, start: int, stop: int) -> None:
+        """Say that the bytes [start, stop) will be borrowed once, after those announced before; returns at once."""
 
     def lend(self, shard: str) -> AbstractContextManager[RangeReader]:
         """Lend the reader of a shard until the block ends."""
@@ -83,6 +87,9 @@ class Storage(Protocol):
 
     def identity_of(self, name: str) -> Identity:
         """What tells this state of a shard from another.  Raises `CheckpointError`."""
+
+    def require_unchanged(self, identities: Mapping[str, Identity]) -> None:
+        """Raise `SourceChangedError` if a shard is not the one of its identity any more."""
 
     def open_shard(self, name: str, io: IoMode, identity: Identity | None = None) -> RangeReader:
         """Open one shard by itself; with `identity` raise `SourceChangedError` if it is not that one any more.

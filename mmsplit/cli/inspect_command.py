@@ -6,19 +6,33 @@ from pathlib import Path
 
 import click
 
-from mmsplit.cli.options import PATH, json_option, unknown_dtypes_option
+from mmsplit.cli.options import json_option, unknown_dtypes_option
 from mmsplit.cli.render import count, echo, echo_json, layer_table, notes, percent, size, table
+from mmsplit.cli.source_options import chosen_source, hub_of, hub_options, model_id_option, source_argument
 from mmsplit.verbs.inspect import CheckpointInfo, PartitionInfo, SetInfo, inspect
 
 
 @click.command("inspect")
-@click.argument("path", type=PATH)
+@source_argument
 @click.option("--layers", "every_layer", is_flag=True, help="One line per layer, also where many are alike.")
 @unknown_dtypes_option
+@model_id_option()
+@hub_options
 @json_option
-def inspect_command(path: Path, every_layer: bool, allow_unknown_dtypes: bool, as_json: bool) -> None:
-    """Show what PATH holds: a checkpoint, a partition or a partition set."""
-    info = inspect(path, allow_unknown_dtypes=allow_unknown_dtypes)
+def inspect_command(
+    source: str | None,
+    every_layer: bool,
+    allow_unknown_dtypes: bool,
+    model_id: str | None,
+    revision: str | None,
+    cache_dir: Path | None,
+    token: str | None,
+    connections: int,
+    as_json: bool,
+) -> None:
+    """Show what SOURCE holds: a checkpoint, a partition, a partition set, or a model of the Hub (org/name)."""
+    hub = hub_of(revision, cache_dir, token, connections)
+    info = inspect(chosen_source(source, model_id), hub=hub, allow_unknown_dtypes=allow_unknown_dtypes)
     if as_json:
         echo_json(info.as_json())
     elif isinstance(info, CheckpointInfo):

@@ -6,34 +6,47 @@ from pathlib import Path
 
 import click
 
-from mmsplit.cli.options import PATH, json_option, planning_options
+from mmsplit.cli.options import json_option, planning_options
 from mmsplit.cli.render import count, echo, echo_json, layer_range, notes, percent, size, table
+from mmsplit.cli.source_options import chosen_source, hub_of, hub_options, model_id_option, source_argument
 from mmsplit.planning import By, Plan, TiedMode
 from mmsplit.verbs.plan import plan
 
 
 @click.command("plan")
-@click.argument("source", type=PATH)
+@source_argument
 @planning_options
+@model_id_option()
+@hub_options
 @json_option
 def plan_command(
-    source: Path,
+    source: str | None,
     num_parts: int | None,
     by: By,
     weights: tuple[str, ...] | None,
     boundaries: tuple[str, ...] | None,
     tied: TiedMode,
     allow_unknown_dtypes: bool,
+    model_id: str | None,
+    revision: str | None,
+    cache_dir: Path | None,
+    token: str | None,
+    connections: int,
     as_json: bool,
 ) -> None:
-    """Show who would get what, from headers alone; nothing is written."""
+    """Show who would get what, from headers alone; nothing is written.
+
+    SOURCE is a checkpoint's directory, one of its shards or its weights index, or a model of the Hub: org/name,
+    org/name@revision.
+    """
     result = plan(
-        source,
+        chosen_source(source, model_id),
         num_parts,
         by=by,
         weights=weights,
         boundaries=boundaries,
         tied=tied,
+        hub=hub_of(revision, cache_dir, token, connections),
         allow_unknown_dtypes=allow_unknown_dtypes,
     )
     if as_json:

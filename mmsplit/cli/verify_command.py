@@ -10,6 +10,7 @@ from mmsplit.checkpoint import IoMode
 from mmsplit.cli.options import PATH, json_option, unknown_dtypes_option, work_options
 from mmsplit.cli.progress import ProgressDisplay
 from mmsplit.cli.render import clean, echo, echo_json, size
+from mmsplit.cli.source_options import SOURCE, hub_of, hub_options
 from mmsplit.errors import IntegrityError
 from mmsplit.sidecar.partition_reader import Fault
 from mmsplit.verbs.verify import Level, verify
@@ -24,14 +25,19 @@ from mmsplit.verbs.verify import Level, verify
     show_default=True,
     help="quick: structure and sizes; stored: every stored byte; full: and decode it all.",
 )
-@click.option("--against", type=PATH, help="A checkpoint to compare the partitions with, byte for byte.")
+@click.option("--against", type=SOURCE, help="A checkpoint, or a model of the Hub, to compare with, byte for byte.")
+@hub_options
 @unknown_dtypes_option
 @work_options
 @json_option
 def verify_command(
     path: Path,
     level: Level,
-    against: Path | None,
+    against: str | None,
+    revision: str | None,
+    cache_dir: Path | None,
+    token: str | None,
+    connections: int,
     allow_unknown_dtypes: bool,
     threads: int | None,
     io: IoMode,
@@ -44,6 +50,7 @@ def verify_command(
             path,
             level=level,
             against=against,
+            hub=hub_of(revision, cache_dir, token, connections),
             allow_unknown_dtypes=allow_unknown_dtypes,
             threads=threads,
             io=io,

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from mmsplit.checkpoint import Checkpoint, open_checkpoint
+from mmsplit.checkpoint import Checkpoint
 from mmsplit.planning import PlannedLayer, checkpoint_layers
+from mmsplit.remote.source import HubOptions, hub_address_of, open_source
 from mmsplit.sidecar.manifest import Manifest
 from mmsplit.sidecar.output_directory import STATE_NAME
 from mmsplit.sidecar.partition_reader import open_partition_files
@@ -108,12 +109,23 @@ class SetInfo(NamedTuple):
         }
 
 
-def inspect(path: str | Path, *, allow_unknown_dtypes: bool = False) -> CheckpointInfo | PartitionInfo | SetInfo:
-    """Look at a checkpoint, a partition (`partition_K.json` or `.bin`) or a partition set.
+def inspect(
+    path: str | Path, *, hub: HubOptions | None = None, allow_unknown_dtypes: bool = False
+) -> CheckpointInfo | PartitionInfo | SetInfo:
+    """Look at a checkpoint, on disk or on the Hub, a partition (`partition_K.json` or `.bin`) or a partition set.
 
     A directory that holds a set manifest, or an unfinished split, is taken for a set.
     """
-    path = Path(path)
+    if hub_address_of(path, hub) is None:
+        found = _inspect_partitions(Path(path))
+        if found is not None:
+            return found
+    checkpoint = open_source(path, hub, allow_unknown_dtypes=allow_unknown_dtypes)
+    layers, notes = checkpoint_layers(checkpoint)
+    return CheckpointInfo(checkpoint, layers, notes)
+
+
+def _inspect_partitions(path: Path) -> PartitionInfo | SetInfo | None:
     if (path / SET_MANIFEST_NAME).exists() or path.name == SET_MANIFEST_NAME or (path / STATE_NAME).exists():
         root = path if path.is_dir() else path.parent
         manifest = read_set_manifest(root)
@@ -121,9 +133,7 @@ def inspect(path: str | Path, *, allow_unknown_dtypes: bool = False) -> Checkpoi
     if path.name.startswith("partition_") and path.suffix in (".json", ".bin"):
         with open_partition_files(path, "pread") as partition:
             return PartitionInfo(partition.path, partition.manifest, partition.reader.size_bytes)
-    checkpoint = open_checkpoint(path, allow_unknown_dtypes=allow_unknown_dtypes)
-    layers, notes = checkpoint_layers(checkpoint)
-    return CheckpointInfo(checkpoint, layers, notes)
+    return None
 
 
 def bytes_by_dtype(tensors: Iterable[tuple[str, int]]) -> dict[str, int]:

@@ -10,9 +10,10 @@ from typing import Final, Literal, NamedTuple, get_args
 
 import xxhash
 
-from mmsplit.checkpoint import Checkpoint, IoMode, Scratch, ShardReaders, open_checkpoint
+from mmsplit.checkpoint import Checkpoint, IoMode, Scratch, ShardRange, ShardReaders, iter_with_read_ahead
 from mmsplit.codec import ChunkDecoder
 from mmsplit.errors import CheckpointError, FormatError, IntegrityError, MmsplitError, RequestError
+from mmsplit.remote.source import HubOptions, open_source
 from mmsplit.sidecar.layout import CHUNK_BYTES, DATA_START
 from mmsplit.sidecar.manifest import TensorEntry
 from mmsplit.sidecar.output_directory import STATE_NAME
@@ -73,6 +74,7 @@ def verify(
     *,
     level: Level = "stored",
     against: str | Path | Checkpoint | None = None,
+    hub: HubOptions | None = None,
     allow_unknown_dtypes: bool = False,
     threads: int | None = None,
     io: IoMode = "auto",
@@ -80,9 +82,9 @@ def verify(
 ) -> VerifyResult:
     """Verify a partition set (its directory) or one partition (its manifest or payload).
 
-    All damage is reported, not just the first.  With `against`, the checkpoint there is compared with what the
-    partitions say of it: header bytes, and the checksum of every tensor.  Raises `FormatError` if there is
-    nothing to verify or its version is not known here; damage is a result, not an error.
+    All damage is reported, not just the first.  With `against`, a path or a model of the Hub, the checkpoint there is
+    compared with what the partitions say of it: header bytes, and the checksum of every tensor.  Raises `FormatError`
+    if there is nothing to verify or its version is not known here; damage is a result, not an error.
     """
     if level not in get_args(Level):
         raise RequestError(f"no such level: {level!r}", hint=f"Possible are {', '.join(get_args(Level))}.")
@@ -90,9 +92,7 @@ def verify(
     faults = _Faults()
     manifest = _set_manifest(root, only, faults.add)
     entries = _partition_manifests(root, only, manifest)
-    source = against
-    if isinstance(source, str | Path):
-        source = open_checkpoint(source, allow_unknown_dtypes=allow_unknown_dtypes)
+    source = None if against is None else open_source(against, hub, allow_unknown_dtypes=allow_unknown_dtypes)
     workers = thread_count(threads)
     counter = ProgressCounter("verify", _bytes_to_check(entries, level, source), progress)
     checked = 0
@@ -313,6 +313,10 @@ def _chunk_fault(partition: OpenPartition, chunk: int, what: str) -> Fault:
     return Fault(str(partition.reader.path), what, start, stop, partition.manifest.part_id, layer, tensor.name)
 
 
+def _ranges_of(job: _SourceChunk) -> tuple[ShardRange, ...]:
+    return (ShardRange(job.tensor.shard, job.start, job.stop),)
+
+
 class _SourceChunk(NamedTuple):
     """Bytes [start, stop) of a source shard, and the checksum that the partition recorded for them."""
 
@@ -350,17 +354,16 @@ def _verify_against(
 
             return work
 
-        chunks = JobStream(_iter_source_chunks(partition, source, report))
+        jobs = _iter_source_chunks(partition, source, report)
+        chunks = JobStream(iter_with_read_ahead(jobs, readers, _ranges_of))
         group.start_many("compare", threads + _EXTRA_THREADS, chunks, make_worker)
 
 
 def _source_fault(job: _SourceChunk, readers: ShardReaders, scratch: Scratch) -> str | None:
     """Return what is wrong with a chunk of the source, if anything; a file that fails is a finding, not the end."""
     try:
-        with readers.lend(job.tensor.shard) as reader:
-            reader.will_need(job.stop, job.stop + 4 * CHUNK_BYTES)
-            with reader.borrow(job.start, job.stop, scratch) as view:
-                same = xxhash.xxh3_64_intdigest(view) == job.raw_xxh3
+        with readers.lend(job.tensor.shard) as reader, reader.borrow(job.start, job.stop, scratch) as view:
+            same = xxhash.xxh3_64_intdigest(view) == job.raw_xxh3
     except CheckpointError as error:
         return f"source cannot be compared: {error.what}"
     return None if same else "source bytes are not those that were split"
