@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from mmsplit.errors import NetworkError, RequestError, SourceChangedError
-from mmsplit.remote.failures import Asked, ask_url, host_of, judge_status
+from mmsplit.errors import AccessDeniedError, NetworkError, RemoteNotFoundError, RequestError, SourceChangedError
+from mmsplit.remote.failures import Asked, ask_url, host_of
 from mmsplit.remote.http_client import HttpClient
 from mmsplit.remote.patience import TransferInterrupted
 from mmsplit.remote.redaction import without_secrets
@@ -150,13 +150,17 @@ class HttpFile(RemoteFile):
         is_redirected = response.request.url != self._url
         if is_redirected and status in _REFUSALS and "x-error-code" not in headers:
             self._address = self._url
-            address = str(response.request.url)
-            meaning = judge_status(status, headers, ask_url(address), host_of(address), now=self._client.clock.now())
+            host = _host(response)
+            kind = AccessDeniedError if status in (401, 403) else RemoteNotFoundError
             raise TransferInterrupted(
-                f"{host_of(address)} refused what it had been asked by redirect ({status})",
+                f"{host} refused an address that had been redirected to ({status})",
                 retry_after_seconds=0,
                 most_failures=self._client.limits.refusals,
-                final_error=meaning if isinstance(meaning, NetworkError) else None,
+                final_error=kind(
+                    f"{host}, where {host_of(self._url)} sends for the file, refuses it ({status})",
+                    path=self.location,
+                    hint="Run again later; if it stays so, a proxy or firewall may be what refuses.",
+                ),
             )
         self._client.check(response, self._asked)
 

@@ -49,7 +49,7 @@ class HubStorage:
     @property
     def location(self) -> str:
         """Repository and revision."""
-        return f"hf://{self.repository.repo_id}@{self.repository.revision or self.repository.commit}"
+        return f"hf://{self.repository.repo_id}@{self.repository.revision or self.repository.commit[:12]}"
 
     @property
     def model(self) -> tuple[str, str | None]:

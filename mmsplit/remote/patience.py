@@ -115,11 +115,11 @@ class Attempts:
         return usual * (0.5 + 0.5 * self._clock.chance())
 
     def _pause(self, seconds: float) -> None:
-        while seconds > 0:
+        for _ in range(int(seconds / _STEP_SECONDS)):
             self._go_on()
-            step = min(seconds, _STEP_SECONDS)
-            self._clock.sleep(step)
-            seconds -= step
+            self._clock.sleep(_STEP_SECONDS)
+        self._go_on()
+        self._clock.sleep(seconds % _STEP_SECONDS)
         self._go_on()
 
 

@@ -82,7 +82,7 @@ def _open_on_hub(address: HubAddress, hub: HubOptions, allow_unknown_dtypes: boo
     moved = storage.traffic
     checkpoint.notes += (
         f"{moved.received_bytes / 1e6:,.1f} MB fetched in {moved.request_count:,} requests to read the headers of"
-        f" {storage.location}, commit {repository.commit[:12]}",
+        f" {repository.repo_id}, commit {repository.commit[:12]}",
     )
     return checkpoint
 

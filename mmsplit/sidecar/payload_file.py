@@ -1,4 +1,4 @@
-"""The file that many threads write to, a payload or a merged shard.
+"""The file that many threads write to, a payload or a merged shard; and a payload read back in whole blocks.
 
 Copying into the page cache costs more processor time than compressing, so blocks are written with O_DIRECT where
 the file system takes it; that is found out by trying, not by its name.  Elsewhere blocks are written through the
@@ -70,18 +70,7 @@ class PayloadFile:
     def read_back(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`; for checking what was written."""
         with output_errors(self.path):
-            while buffer:
-                if hasattr(os, "preadv"):
-                    count = os.preadv(self._fd, [buffer], offset)
-                else:
-                    with self._lock:
-                        os.lseek(self._fd, offset, os.SEEK_SET)
-                        data = os.read(self._fd, len(buffer))
-                        count = len(data)
-                        buffer[:count] = data
-                if count == 0:
-                    raise OSError(errno.EIO, "file is shorter than what was written to it")
-                buffer, offset = buffer[count:], offset + count
+            _read_all(self._fd, offset, buffer, self._lock)
 
     def finish(self, size_bytes: int) -> None:
         """Cut the file to `size_bytes` and make it durable."""
@@ -104,3 +93,60 @@ class PayloadFile:
             if self._direct_fd is direct_fd:
                 # Open until `close`: another thread may be writing through it; closing would free its number.
                 self._direct_fd, self._retired_fd = None, direct_fd
+
+
+class BlockReader:
+    """Reads whole blocks of a file that is complete, past the page cache where the file system allows.
+
+    What was written past the cache is not in it; to bring it there costs a copy, and room that others need.
+    """
+
+    def __init__(self, path: Path, *, direct: bool = True) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._direct_fd: int | None = None
+        with output_errors(path):
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            if direct and hasattr(os, "O_DIRECT"):
+                try:
+                    self._direct_fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+                except OSError as error:
+                    if error.errno not in _REFUSED:
+                        os.close(self._fd)
+                        raise
+
+    def read_blocks(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer`, whose memory, offset and length are multiples of the slot alignment."""
+        with output_errors(self.path):
+            if self._direct_fd is not None:
+                try:
+                    _read_all(self._direct_fd, offset, buffer, self._lock)
+                    return
+                except OSError as error:
+                    if error.errno not in _REFUSED:
+                        raise
+                    # Opening was allowed, reading is not, or a short read left an offset that is no multiple.
+            _read_all(self._fd, offset, buffer, self._lock)
+
+    def close(self) -> None:
+        """Close the file; nobody may be reading."""
+        for fd in (self._direct_fd, self._fd):
+            if fd is not None and fd >= 0:
+                os.close(fd)
+        self._direct_fd, self._fd = None, -1
+
+
+def _read_all(fd: int, offset: int, buffer: memoryview, lock: threading.Lock) -> None:
+    """Fill `buffer` from `offset`; raises `OSError` where the file ends before that."""
+    while buffer:
+        if hasattr(os, "preadv"):
+            count = os.preadv(fd, [buffer], offset)
+        else:
+            with lock:  # Windows has one file position per handle
+                os.lseek(fd, offset, os.SEEK_SET)
+                data = os.read(fd, len(buffer))
+                count = len(data)
+                buffer[:count] = data
+        if count == 0:
+            raise OSError(errno.EIO, "file is shorter than what was written to it")
+        buffer, offset = buffer[count:], offset + count

@@ -90,7 +90,7 @@ class PayloadWriter:
             # Killed between the payload's name and the end of `finish`, a run leaves its journal.
             self._journal_path.unlink(missing_ok=True)
         self._remaining = 0
-        self.is_finished = True
+        self._note_finished()
         return True
 
     def _matches(self, reader: FileReader, slots: Iterable[Slot], on_slot: Callable[[Slot], None]) -> bool:
@@ -218,12 +218,22 @@ class PayloadWriter:
             os.replace(self._partial, self.payload)
         sync_directory(self.payload.parent)
         write_whole_file(manifest_path, manifest)
-        self.is_finished = True
+        self._note_finished()
         with output_errors(self._journal_path):
             self._journal_path.unlink(missing_ok=True)
 
+    def wait_until_finished(self) -> None:
+        """Return once the payload is complete and has its name; its `index` changes no more.
+
+        Raises `Stopped` if that will never come.
+        """
+        with self._placed:
+            self._placed.wait_for(lambda: self._cancelled or self.is_finished)
+            if not self.is_finished:
+                raise Stopped
+
     def cancel(self) -> None:
-        """Wake and end every thread that waits for a place."""
+        """Wake and end every thread that waits for a place, or for the end."""
         with self._placed:
             self._cancelled = True
             self._placed.notify_all()
@@ -236,6 +246,11 @@ class PayloadWriter:
         if self._journal_fd >= 0:
             os.close(self._journal_fd)
             self._journal_fd = -1
+
+    def _note_finished(self) -> None:
+        with self._placed:
+            self.is_finished = True
+            self._placed.notify_all()
 
     def _append_to_journal(self) -> None:
         """Append every slot that is next in order; a crash costs at most the slots in flight."""

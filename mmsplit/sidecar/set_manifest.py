@@ -52,12 +52,17 @@ class KeptBytes(NamedTuple):
 
 
 class ShardEntry(NamedTuple):
-    """A source shard: its file name, length and digest, and its first bytes, from length field to end of header."""
+    """A source shard: its file name, length and digest, and its first bytes, from length field to end of header.
+
+    `sha256` is None where split was told not to compute it and knew none.  Where `sha256_is_published`, it was not
+    computed from the bytes that were split, but taken from what the Hub says of the file.
+    """
 
     name: str
     size_bytes: int
-    sha256: str
+    sha256: str | None
     header: KeptBytes
+    sha256_is_published: bool = False
 
 
 class FileEntry(NamedTuple):
@@ -159,10 +164,7 @@ def parse_set_manifest(data: bytes, path: str) -> SetManifest:
         source_digest=fields.sha256("source_digest"),
         codec=fields.one_of("codec", CODEC_NAMES),
         tied=fields.get("tied", str),
-        shards=tuple(
-            ShardEntry(f.plain_name("name"), f.count("bytes"), f.sha256("sha256"), _kept(f.inner("header")))
-            for f in source.each("shards")
-        ),
+        shards=tuple(_shard(f) for f in source.each("shards")),
         weights_index=None if index is None else _index(source.inner("index")),
         files=tuple(
             FileEntry(f.relative_name("name"), f.count("bytes"), f.sha256("sha256")) for f in fields.each("files")
@@ -226,12 +228,26 @@ def _as_json(manifest: SetManifest) -> dict[str, object]:
             "index": None
             if manifest.weights_index is None
             else {"name": manifest.weights_index[0], **_kept_json(manifest.weights_index[1])},
-            "shards": [
-                {"name": s.name, "bytes": s.size_bytes, "sha256": s.sha256, "header": _kept_json(s.header)}
-                for s in manifest.shards
-            ],
+            "shards": [_shard_json(shard) for shard in manifest.shards],
         },
     }
+
+
+def _shard_json(shard: ShardEntry) -> dict[str, object]:
+    values: dict[str, object] = {"name": shard.name, "bytes": shard.size_bytes, "sha256": shard.sha256}
+    if shard.sha256_is_published:
+        values["sha256_published"] = True
+    return {**values, "header": _kept_json(shard.header)}
+
+
+def _shard(fields: Fields) -> ShardEntry:
+    no_sha256 = "sha256" in fields.values and fields.values["sha256"] is None
+    is_published = fields.optional("sha256_published", bool) is True
+    if no_sha256 and is_published:
+        fields.fail("sha256 is null and cannot be the published one")
+    sha256 = None if no_sha256 else fields.sha256("sha256")
+    header = _kept(fields.inner("header"))
+    return ShardEntry(fields.plain_name("name"), fields.count("bytes"), sha256, header, is_published)
 
 
 def _kept_json(kept: KeptBytes) -> dict[str, object]:

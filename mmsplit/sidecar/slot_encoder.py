@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import xxhash
 
 from mmsplit.checkpoint import Scratch, ShardReaders, aligned_buffer
 from mmsplit.codec import ChunkEncoder, CodecName
+from mmsplit.sidecar.chunk_copier import ChunkCopier
 from mmsplit.sidecar.chunk_index import ChunkIndex, empty_index
-from mmsplit.sidecar.layout import CHUNK_ALIGNMENT, CHUNK_BYTES, SLOT_ALIGNMENT, SLOT_BYTES, Slot, aligned
+from mmsplit.sidecar.layout import CHUNK_ALIGNMENT, CHUNK_BYTES, SLOT_ALIGNMENT, SLOT_BYTES, ChunkSpec, Slot, aligned
+
+#: What a record says of a chunk but its place and tensor: stored_bytes, stored_xxh3, raw_xxh3, codec, layout.
+_Content: TypeAlias = tuple[int, int, int, int, int]
 
 
 class EncodedSlot(NamedTuple):
@@ -27,46 +31,62 @@ class EncodedSlot(NamedTuple):
 class SlotEncoder:
     """Encodes slots one after the other into a block of its own; one per thread.
 
-    `permits` bounds how many encode at once; reading ahead of it and writing after it need no permit.
+    `permits` bounds how many encode at once; reading ahead of it and writing after it need no permit.  Chunks that
+    `copier` has are copied from it; without one, all are encoded.
     """
 
-    def __init__(self, readers: ShardReaders, codec: CodecName, permits: threading.Semaphore) -> None:
+    def __init__(
+        self,
+        readers: ShardReaders,
+        codec: CodecName,
+        permits: threading.Semaphore,
+        copier: ChunkCopier | None = None,
+    ) -> None:
         self._readers = readers
         self._permits = permits
+        self._copier = copier
         self._encoder = ChunkEncoder(codec, CHUNK_BYTES)
         self._block = memoryview(aligned_buffer(SLOT_BYTES))
         self._bytes = np.frombuffer(self._block, np.uint8)
         self._scratch = Scratch()
 
-    def encode(self, slot: Slot) -> EncodedSlot:
-        """Read and encode a slot.  Raises `SourceChangedError` if its bytes can no longer be read."""
+    def encode(self, part_id: int, slot: Slot) -> EncodedSlot:
+        """Read and encode a slot of partition `part_id`; may wait for an earlier partition (see `chunk_copier`).
+
+        Raises `SourceChangedError` if its bytes can no longer be read.
+        """
         records = empty_index(len(slot.chunks))
         position = 0
         for number, chunk in enumerate(slot.chunks):
             begin = aligned(position, CHUNK_ALIGNMENT)
             self._bytes[position:begin] = 0
-            start = chunk.tensor.start_offset + chunk.start
             room = self._block[begin : begin + chunk.raw_bytes]
-            with (
-                self._readers.lend(chunk.tensor.shard) as reader,
-                reader.borrow(start, start + chunk.raw_bytes, self._scratch) as raw,
-                self._permits,
-            ):
-                raw_xxh3 = xxhash.xxh3_64_intdigest(raw)
-                encoded = self._encoder.encode(raw, chunk.tensor.dtype, room)
-                stored_xxh3 = xxhash.xxh3_64_intdigest(room[: encoded.stored_bytes])
-            records[number] = (
-                begin,
-                encoded.stored_bytes,
-                chunk.raw_bytes,
-                stored_xxh3,
-                raw_xxh3,
-                chunk.tensor_index,
-                encoded.codec,
-                encoded.layout,
-                0,
-            )
-            position = begin + encoded.stored_bytes
+            content = self._copy_chunk(part_id, chunk, room) or self._encode_chunk(chunk, room)
+            stored_bytes, stored_xxh3, raw_xxh3, codec, layout = content
+            tensor = chunk.tensor_index
+            records[number] = (begin, stored_bytes, chunk.raw_bytes, stored_xxh3, raw_xxh3, tensor, codec, layout, 0)
+            position = begin + stored_bytes
         stop = aligned(position, SLOT_ALIGNMENT)
         self._bytes[position:stop] = 0
         return EncodedSlot(self._block[:stop], position, records)
+
+    def _copy_chunk(self, part_id: int, chunk: ChunkSpec, room: memoryview) -> _Content | None:
+        stored = None if self._copier is None else self._copier.take(part_id, chunk, self._scratch)
+        if stored is None:
+            return None
+        data, record = stored
+        room[: len(data)] = data
+        raw_xxh3, codec, layout = int(record["raw_xxh3"]), int(record["codec"]), int(record["layout"])
+        return len(data), int(record["stored_xxh3"]), raw_xxh3, codec, layout
+
+    def _encode_chunk(self, chunk: ChunkSpec, room: memoryview) -> _Content:
+        start = chunk.tensor.start_offset + chunk.start
+        with (
+            self._readers.lend(chunk.tensor.shard) as reader,
+            reader.borrow(start, start + chunk.raw_bytes, self._scratch) as raw,
+            self._permits,
+        ):
+            raw_xxh3 = xxhash.xxh3_64_intdigest(raw)
+            encoded = self._encoder.encode(raw, chunk.tensor.dtype, room)
+            stored_xxh3 = xxhash.xxh3_64_intdigest(room[: encoded.stored_bytes])
+        return encoded.stored_bytes, stored_xxh3, raw_xxh3, encoded.codec, encoded.layout

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple, get_args
 
 import xxhash
 
-from mmsplit.checkpoint import Checkpoint, IoMode, Scratch, ShardHasher, ShardReaders, open_checkpoint
+from mmsplit.checkpoint import Checkpoint, IoMode, Scratch, Shard, ShardHasher, ShardReaders, open_checkpoint
 from mmsplit.codec import CODEC_NAMES, ENCODER, CodecName
 from mmsplit.errors import OutputExistsError, RequestError, SourceChangedError
 from mmsplit.planning import (
@@ -31,12 +31,14 @@ from mmsplit.planning import (
     iter_stored,
     plan_checkpoint,
 )
+from mmsplit.sidecar.chunk_copier import ChunkCopier
 from mmsplit.sidecar.framing import pack_header
 from mmsplit.sidecar.layout import CHUNK_BYTES, DATA_START, Slot, iter_slots, largest_payload_bytes
 from mmsplit.sidecar.manifest import format_manifest, manifest_name, parse_manifest, payload_name
 from mmsplit.sidecar.manifest_builder import Origin, build_manifest
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory, free_bytes
 from mmsplit.sidecar.payload_writer import PayloadWriter
+from mmsplit.sidecar.repeated_chunks import RepeatedChunks
 from mmsplit.sidecar.set_manifest import (
     SET_MANIFEST_NAME,
     FileEntry,
@@ -103,6 +105,7 @@ class _Options:
     threads: int
     io: IoMode
     direct: bool
+    source_sha256: bool
 
 
 class _Job(NamedTuple):
@@ -126,6 +129,7 @@ def split(
     existing: Existing = "refuse",
     io: IoMode = "auto",
     direct: bool = True,
+    source_sha256: bool = True,
     model_id: str | None = None,
     revision: str | None = None,
     allow_unknown_dtypes: bool = False,
@@ -137,6 +141,8 @@ def split(
     depend on it.  `existing` says what to do about output that is there: "refuse", "resume" an unfinished run (start
     one where there is none, do nothing where it is finished), or "force", which replaces what mmsplit wrote.
     `direct=False` keeps O_DIRECT away from the output.  `model_id` and `revision` go into the manifests.
+    `source_sha256=False` saves hashing the source shards from end to end, a third of the processor time: merge can
+    then compare no digest but one that the Hub publishes, and where there is none it has the checksums of the chunks.
 
     Interrupted at any moment, it leaves the source untouched, nothing that passes for a partition set, and what a
     later run with `existing="resume"` needs to come to the same bytes.  Raises any branch of `MmsplitError`.
@@ -150,7 +156,7 @@ def split(
     plan = plan_checkpoint(
         source, PlanRequest(num_parts=num_parts, by=by, weights=weights, boundaries=boundaries, tied=tied)
     )
-    options = _Options(codec=codec, threads=thread_count(threads), io=io, direct=direct)
+    options = _Options(codec=codec, threads=thread_count(threads), io=io, direct=direct, source_sha256=source_sha256)
     headers = {shard.name: source.read_header(shard.name) for shard in source.shards}
     origin = Origin(
         model_id or source.model_id,
@@ -262,6 +268,7 @@ class _SplitRun:
             path = self._out.path / SET_MANIFEST_NAME
             manifest = parse_set_manifest(path.read_bytes(), str(path))
             _require_same_weights(self._checkpoint, self._out.path, manifest)
+            self._require_digests(manifest)
             return SplitResult(self._out.path, self._plan, manifest, self._planned_bytes(), True)
         parts = [
             _PartitionRun(part, self._origin, self._out.path, self._options.direct) for part in self._plan.partitions
@@ -357,12 +364,14 @@ class _SplitRun:
         permits = threading.Semaphore(threads)
 
         def make_encoder() -> Callable[[_Job], None]:
-            encoder = SlotEncoder(readers, self._options.codec, permits)
+            encoder = SlotEncoder(readers, self._options.codec, permits, copier)
             return lambda job: _encode_and_write(job, encoder, counter)
 
-        slots = JobStream(_with_read_ahead(_iter_jobs(unfinished), readers))
-        shards = JobStream(shard.name for shard in self._checkpoint.shards if shard.name not in self._shard_sha256)
-        with WorkerGroup(cancel) as group:
+        copier = self._copier(parts)
+        slots = JobStream(_with_read_ahead(_iter_jobs(unfinished), readers, copier))
+        to_hash = self._checkpoint.shards if self._options.source_sha256 else ()
+        shards = JobStream(shard.name for shard in to_hash if shard.name not in self._shard_sha256)
+        with copier, WorkerGroup(cancel) as group:
 
             def make_hasher() -> Callable[[str], None]:
                 hasher = ShardHasher(self._checkpoint, readers, group.go_on)
@@ -370,6 +379,11 @@ class _SplitRun:
 
             group.start_many("encode", threads + _EXTRA_THREADS, slots, make_encoder)
             group.start_many("hash", max(1, threads // 2), shards, make_hasher)
+
+    def _copier(self, parts: Sequence[_PartitionRun]) -> ChunkCopier:
+        writers = {part.partition.part_id: part.writer for part in parts}
+        repeated = RepeatedChunks(part.partition for part in parts)
+        return ChunkCopier(repeated, writers, direct=self._options.direct)
 
     def _record_sha256(self, shard: str, digest: str) -> None:
         with self._state_lock:
@@ -398,19 +412,29 @@ class _SplitRun:
             source_digest=self._origin.source_digest,
             codec=self._options.codec,
             tied=self._plan.tied,
-            shards=tuple(
-                ShardEntry(
-                    shard.name,
-                    shard.size_bytes,
-                    self._shard_sha256[shard.name],
-                    self._kept_headers[shard.name],
-                )
-                for shard in checkpoint.shards
-            ),
+            shards=tuple(self._shard_entry(shard) for shard in checkpoint.shards),
             weights_index=index,
             files=files,
             partitions=tuple(part.entry() for part in parts),
         )
+
+    def _shard_entry(self, shard: Shard) -> ShardEntry:
+        header = self._kept_headers[shard.name]
+        if self._options.source_sha256:
+            return ShardEntry(shard.name, shard.size_bytes, self._shard_sha256[shard.name], header)
+        published = self._checkpoint.published_sha256(shard.name)
+        if published is None:
+            return ShardEntry(shard.name, shard.size_bytes, None, header)
+        return ShardEntry(shard.name, shard.size_bytes, f"sha256:{published}", header, sha256_is_published=True)
+
+    def _require_digests(self, manifest: SetManifest) -> None:
+        """Raise if a finished set has no SHA-256 of the source although this run was to compute it."""
+        if self._options.source_sha256 and any(shard.sha256 is None for shard in manifest.shards):
+            raise OutputExistsError(
+                "output holds a finished partition set without the SHA-256 of its source",
+                path=self._out.path,
+                hint="Split without the SHA-256 of the source, too, or use --force to split again.",
+            )
 
 
 def _require_same_weights(checkpoint: Checkpoint, root: Path, manifest: SetManifest) -> None:
@@ -454,11 +478,13 @@ def _iter_jobs(parts: Sequence[_PartitionRun]) -> Iterator[_Job]:
                 yield _Job(part, slot)
 
 
-def _with_read_ahead(jobs: Iterator[_Job], readers: ShardReaders) -> Iterator[_Job]:
+def _with_read_ahead(jobs: Iterator[_Job], readers: ShardReaders, copier: ChunkCopier) -> Iterator[_Job]:
     """Pass jobs on, telling the kernel about each some time before it is handed out."""
     waiting: deque[_Job] = deque()
     for job in jobs:
         for chunk in job.slot.chunks:
+            if copier.is_copied(job.part.partition.part_id, chunk):
+                continue
             start = chunk.tensor.start_offset + chunk.start
             with readers.lend(chunk.tensor.shard) as reader:
                 reader.will_need(start, start + chunk.raw_bytes)
@@ -469,7 +495,7 @@ def _with_read_ahead(jobs: Iterator[_Job], readers: ShardReaders) -> Iterator[_J
 
 
 def _encode_and_write(job: _Job, encoder: SlotEncoder, counter: ProgressCounter) -> None:
-    encoded = encoder.encode(job.slot)
+    encoded = encoder.encode(job.part.partition.part_id, job.slot)
     writer = job.part.writer
     offset = writer.place(job.slot.number, encoded.stored_bytes)
     if writer.write(job.slot.number, job.slot.first_chunk, offset, encoded.block, encoded.records):
@@ -482,8 +508,9 @@ def _sample_ratio(parts: Sequence[_PartitionRun], readers: ShardReaders, codec: 
     every = max(1, sum(part.slot_count for part in parts) // _SPACE_SAMPLES)
     encoder = SlotEncoder(readers, codec, threading.Semaphore(1))
     raw = stored = 0
-    for number, slot in enumerate(slot for part in parts for slot in part.slots()):
+    slots = ((part.partition.part_id, slot) for part in parts for slot in part.slots())
+    for number, (part_id, slot) in enumerate(slots):
         if number % every == 0:
             raw += slot.raw_bytes
-            stored += len(encoder.encode(slot).block)
+            stored += len(encoder.encode(part_id, slot).block)
     return stored / raw if raw else 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 
@@ -116,6 +117,13 @@ _kept = st.binary(max_size=50).map(KeptBytes.of)
 
 
 @st.composite
+def _shards(draw: st.DrawFn, name: str) -> ShardEntry:
+    sha256 = draw(st.none() | _digest)
+    is_published = sha256 is not None and draw(st.booleans())
+    return ShardEntry(name, draw(_count), sha256, draw(_kept), is_published)
+
+
+@st.composite
 def _set_manifests(draw: st.DrawFn) -> SetManifest:
     names = draw(st.lists(_plain, max_size=6, unique=True))
     index = (names.pop(), draw(_kept)) if names and draw(st.booleans()) else None
@@ -127,7 +135,7 @@ def _set_manifests(draw: st.DrawFn) -> SetManifest:
         source_digest=draw(_digest),
         codec=draw(st.sampled_from(CODEC_NAMES)),
         tied=draw(_text),
-        shards=tuple(ShardEntry(name, draw(_count), draw(_digest), draw(_kept)) for name in names[:cut]),
+        shards=tuple(draw(_shards(name)) for name in names[:cut]),
         weights_index=index,
         files=tuple(FileEntry(f"{draw(_plain)}/{name}", draw(_count), draw(_digest)) for name in names[cut:]),
         partitions=tuple(
@@ -304,6 +312,62 @@ def test_unknown_fields_are_ignored_and_bound() -> None:
     )
     with pytest.raises(IntegrityError, match="root digest does not fit"):
         parse_set_manifest(json.dumps(values | {"new": 1}).encode(), "p")
+
+
+def _with_shard(**changes: object) -> bytes:
+    """A set manifest of one shard, its entry changed, with the root digest that fits."""
+    digest = "sha256:" + "0" * 64
+    entry = PartitionEntry(0, "partition_0.json", digest, "partition_0.bin", 1, 2, 3, 4)
+    shard = ShardEntry("s", 8, digest, KeptBytes.of(b"abc"))
+    values = json.loads(
+        format_set_manifest(SetManifest("m", None, digest, digest, "raw", "duplicate", (shard,), None, (), (entry,)))
+    )
+    (written,) = values["source"]["shards"]
+    assert written.keys() == {"name", "bytes", "sha256", "header"}  # computed is what is not said
+    written.update(changes)
+    del values["root_digest"]
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+    return json.dumps(values | {"root_digest": f"sha256:{hashlib.sha256(canonical).hexdigest()}"}).encode()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sha256", "is_published"),
+    [
+        ({}, "sha256:" + "0" * 64, False),
+        ({"sha256_published": False}, "sha256:" + "0" * 64, False),
+        ({"sha256_published": True}, "sha256:" + "0" * 64, True),
+        ({"sha256": None}, None, False),
+    ],
+)
+def test_where_the_sha256_of_a_shard_is_from(changes: dict, sha256: str | None, is_published: bool) -> None:
+    """Computed, published, or not there."""
+    (shard,) = parse_set_manifest(_with_shard(**changes), "p").shards
+    assert (shard.sha256, shard.sha256_is_published) == (sha256, is_published)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"sha256": None, "sha256_published": True}, "null and cannot be the published one"),
+        ({"sha256": "md5:0"}, "not a digest of a kind known here"),
+        ({"sha256_published": 1}, "not bool"),
+    ],
+)
+def test_a_shard_entry_that_lies_is_refused(changes: dict, match: str) -> None:
+    """Not one of the three."""
+    with pytest.raises(FormatError, match=match):
+        parse_set_manifest(_with_shard(**changes), "p")
+
+
+def test_a_shard_entry_without_the_field_is_refused() -> None:
+    """No digest is said by null; nothing said is a field that is missing."""
+    text = _with_shard(sha256="sha256:" + "1" * 64).replace(b'"sha256": "sha256:' + b"1" * 64 + b'", ', b"")
+    values = json.loads(text)
+    del values["root_digest"]
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+    values["root_digest"] = f"sha256:{hashlib.sha256(canonical).hexdigest()}"
+    with pytest.raises(FormatError, match="'sha256' is missing"):
+        parse_set_manifest(json.dumps(values).encode(), "p")
 
 
 def test_refuse_other_version() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from checkpoints import CAUSAL_CONFIG, MIB, Weight, llama_weights, size_of, tree, write_checkpoint, write_shard
 
-from mmsplit.errors import PlanError, RequestError
+from mmsplit.checkpoint import FileReader, Scratch
+from mmsplit.errors import OutputExistsError, PlanError, RequestError
 from mmsplit.sidecar.partition_reader import open_partition_files
+from mmsplit.sidecar.repeated_chunks import RepeatedChunks
 from mmsplit.sidecar.set_reader import read_set_manifest
 from mmsplit.verbs.merge import merge
 from mmsplit.verbs.plan import plan
@@ -168,3 +171,90 @@ def test_unknown_dtypes_are_carried_as_they_are(tmp_path: Path) -> None:
     assert verify(tmp_path / "set", level="full").ok
     merge(tmp_path / "set", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(path.parent)
+
+
+def _borrowed(monkeypatch: pytest.MonkeyPatch, shard: str) -> list[tuple[int, int]]:
+    """Note every range that is borrowed from `shard` from now on."""
+    ranges: list[tuple[int, int]] = []
+    borrow = FileReader.borrow
+
+    def note(self: FileReader, start: int, stop: int, scratch: Scratch) -> AbstractContextManager[memoryview]:
+        if self.path.name == shard:
+            ranges.append((start, stop))
+        return borrow(self, start, stop, scratch)
+
+    monkeypatch.setattr(FileReader, "borrow", note)
+    return ranges
+
+
+@pytest.mark.parametrize("codec", ["planes", "zstd", "raw"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_tied_weight_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, threads: int) -> None:
+    """Its copy, of several chunks, is taken from the partition that has it; the set is as if it were encoded again."""
+    embedding = Weight("model.embed_tokens.weight", "BF16", (1100, 2048))
+    source = write_checkpoint(
+        tmp_path / "model", [[embedding, *llama_weights(2)[1:]]], files={"config.json": CAUSAL_CONFIG}
+    )
+    ranges = _borrowed(monkeypatch, "model.safetensors")
+    split(source, tmp_path / "set", 2, codec=codec, threads=threads, source_sha256=False)
+    weights = [stop - start for start, stop in ranges]
+    assert len(set(ranges)) == len(ranges)
+    assert sum(weights) == sum(map(size_of, [embedding, *llama_weights(2)[1:]]))
+    assert verify(tmp_path / "set", level="full", against=source).ok
+    copied = tree(tmp_path / "set")
+    monkeypatch.setattr(RepeatedChunks, "original_of", lambda *_: None)
+    split(source, tmp_path / "again", 2, codec=codec, source_sha256=False)
+    assert tree(tmp_path / "again") == copied
+
+
+def test_copies_right_behind_their_originals(tmp_path: Path) -> None:
+    """Where every thread must wait for the partition before, none waits for ever."""
+    shared = [Weight("shared.weight", "BF16", (2100, 2048))]
+    blocks = [Weight(f"{side}.block.0.layer.0.w.weight", "BF16", (16, 16)) for side in ("encoder", "decoder")]
+    config = json.dumps({"architectures": ["T5ForConditionalGeneration"], "tie_word_embeddings": True}).encode()
+    source = write_checkpoint(tmp_path / "model", [shared + blocks], files={"config.json": config})
+    planned = plan(source, boundaries=["decoder.embed_tokens"])
+    assert planned.partitions[1].layers[0].name == "decoder.embed_tokens"
+    for threads in (1, 4):
+        out = tmp_path / f"set{threads}"
+        split(source, out, boundaries=["decoder.embed_tokens"], threads=threads)
+        assert verify(out, level="full", against=source).ok
+
+
+def test_without_the_sha256_of_the_source(source: Path, tmp_path: Path) -> None:
+    """Nothing but the digests is missing; what is known to be published is recorded as that."""
+    split(source, tmp_path / "with", 2)
+    result = split(source, tmp_path / "without", 2, source_sha256=False)
+    assert [(shard.sha256, shard.sha256_is_published) for shard in result.manifest.shards] == [(None, False)] * 2
+    with_digests, without = tree(tmp_path / "with"), tree(tmp_path / "without")
+    changed = {name for name in with_digests if with_digests[name] != without[name]}
+    assert changed == {"partition_set.json"}
+    assert verify(tmp_path / "without", level="full", against=source).ok
+    merge(tmp_path / "without", tmp_path / "back")
+    assert all((source / name).read_bytes() == data for name, data in tree(tmp_path / "back").items())
+
+
+def test_a_published_sha256_is_recorded_as_published(tmp_path: Path) -> None:
+    """A snapshot of the Hub's cache says what the Hub has; nothing is hashed, and merge can compare all the same."""
+    made = write_checkpoint(tmp_path / "made", [llama_weights(1)])
+    data = (made / "model.safetensors").read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "r", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / digest).write_bytes(data)
+    (snapshot / "model.safetensors").symlink_to(blobs / digest)
+    for known, published in ((False, True), (True, False)):
+        (shard,) = split(snapshot, tmp_path / f"set{known}", 1, source_sha256=known).manifest.shards
+        assert (shard.sha256, shard.sha256_is_published) == (f"sha256:{digest}", published)
+        merge(tmp_path / f"set{known}", tmp_path / f"back{known}")
+
+
+def test_a_finished_set_without_the_sha256_that_is_asked_for(source: Path, tmp_path: Path) -> None:
+    """Resume does not say that all is done where the digests are missing; the other way round they do no harm."""
+    split(source, tmp_path, 2, source_sha256=False)
+    assert split(source, tmp_path, 2, source_sha256=False, existing="resume").already_finished
+    with pytest.raises(OutputExistsError, match=r"without the SHA-256 of its source.*--force"):
+        split(source, tmp_path, 2, existing="resume")
+    split(source, tmp_path, 2, existing="force")
+    assert split(source, tmp_path, 2, source_sha256=False, existing="resume").already_finished
