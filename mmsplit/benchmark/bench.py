@@ -176,9 +176,9 @@ def _bench(source: str | Path | None, work: Path, sample_bytes: int, threads: in
         by_threads[count] = sample.total_bytes / (time.perf_counter() - started)
     payloads = sorted((work / "set").glob("partition_*.bin"))
     say("verifying")
-    verify_rate = _cold_rate(payloads, result.manifest.total_bytes, lambda: verify(work / "set", threads=threads))
+    verify_rate = _cold_rate(payloads, result.total_bytes, lambda: verify(work / "set", threads=threads))
     say("loading")
-    load_rate = _cold_rate(payloads, result.manifest.total_bytes, lambda: _load_all(work / "set", threads))
+    load_rate = _cold_rate(payloads, result.total_bytes, lambda: _load_all(work / "set", threads))
     return BenchResult(
         source="synthetic" if source is None else str(source),
         sample_bytes=sample.total_bytes,
@@ -192,7 +192,7 @@ def _bench(source: str | Path | None, work: Path, sample_bytes: int, threads: in
         write=write,
         dtypes=tuple(dtypes),
         split_by_threads=by_threads,
-        ratio=result.manifest.stored_bytes / max(1, result.manifest.total_bytes),
+        ratio=result.stored_bytes / max(1, result.total_bytes),
         verify=verify_rate,
         load=load_rate,
     )

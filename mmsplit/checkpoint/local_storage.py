@@ -23,7 +23,16 @@ class LocalStorage:
     """The files below `directory`.  Links are followed: a snapshot of the Hub's cache consists of them."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self._directory = directory
+
+    @property
+    def directory(self) -> Path:
+        """Where they are."""
+        return self._directory
+
+    @property
+    def moved_bytes(self) -> None:
+        """Nothing comes over a network."""
 
     @property
     def location(self) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from mmsplit.checkpoint.file_reader import IoMode, Scratch
@@ -62,6 +63,14 @@ class Storage(Protocol):
     @property
     def location(self) -> str:
         """The whole, as a person would name it."""
+
+    @property
+    def directory(self) -> Path | None:
+        """Where the files lie on this machine; None for a storage elsewhere."""
+
+    @property
+    def moved_bytes(self) -> int | None:
+        """What came over the network so far; None for a storage on this machine."""
 
     @property
     def model(self) -> tuple[str, str | None]:

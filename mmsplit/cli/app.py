@@ -13,9 +13,12 @@ from mmsplit import __version__
 _COMMANDS: Final = {
     "inspect": "Show what a path holds: checkpoint, partition or partition set.",
     "plan": "Show who would get what, from headers alone.",
+    "download": "Download a model of the Hub, resumed and verified.",
     "split": "Split a checkpoint into a partition set.",
     "verify": "Find every byte of a set that is not as it was written.",
     "merge": "Merge a set into the original checkpoint, byte for byte.",
+    "pull": "Get a published set, or some of its partitions, verified on arrival.",
+    "push": "Publish a set on the Hub, with a page that says what it is.",
     "bench": "Measure this machine, and say what limits it.",
 }
 

@@ -30,5 +30,6 @@ def merge_command(
         return
     for shard in result.shards:
         kept = "  (was there already)" if shard.name in result.kept else ""
-        echo(f"{shard.sha256.removeprefix('sha256:')}  {result.path / shard.name}{kept}")
+        digest = "no SHA-256 was recorded" if shard.sha256 is None else shard.sha256.removeprefix("sha256:")
+        echo(f"{digest}  {result.path / shard.name}{kept}")
     click.echo(f"{size(result.total_bytes)} in {len(result.shards)} shard(s), SHA-256 as split", err=True)

@@ -41,6 +41,24 @@ class NameList(click.ParamType[tuple[str, ...]]):
         return items
 
 
+class PartIdList(click.ParamType[tuple[int, ...]]):
+    """Numbers of partitions, separated by commas."""
+
+    name = "k,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Refuse what is no number; whether there is such a partition is for the verbs to say."""
+        if isinstance(value, tuple):
+            return value
+        items = [item.strip() for item in str(value).split(",")]
+        if not all(item.isascii() and item.isdigit() for item in items):
+            self.fail(f"{value!r} is not a list of partition numbers such as 0,2", param, ctx)
+        return tuple(int(item) for item in items)
+
+
+PART_IDS = PartIdList()
+
+
 def planning_options(command: F) -> F:
     """Add the options that say how to plan."""
     for option in reversed(

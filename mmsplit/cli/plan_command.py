@@ -6,16 +6,18 @@ from pathlib import Path
 
 import click
 
+from mmsplit.cli.node_options import node_options, show_placement
 from mmsplit.cli.options import json_option, planning_options
 from mmsplit.cli.render import count, echo, echo_json, layer_range, notes, percent, size, table
 from mmsplit.cli.source_options import chosen_source, hub_of, hub_options, model_id_option, source_argument
-from mmsplit.planning import By, Plan, TiedMode
+from mmsplit.planning import By, NodeRequest, Plan, TiedMode
 from mmsplit.verbs.plan import plan
 
 
 @click.command("plan")
 @source_argument
 @planning_options
+@node_options
 @model_id_option()
 @hub_options
 @json_option
@@ -27,6 +29,7 @@ def plan_command(
     boundaries: tuple[str, ...] | None,
     tied: TiedMode,
     allow_unknown_dtypes: bool,
+    nodes: NodeRequest | None,
     model_id: str | None,
     revision: str | None,
     cache_dir: Path | None,
@@ -46,13 +49,17 @@ def plan_command(
         weights=weights,
         boundaries=boundaries,
         tied=tied,
+        nodes=nodes,
         hub=hub_of(revision, cache_dir, token, connections),
         allow_unknown_dtypes=allow_unknown_dtypes,
     )
     if as_json:
         echo_json(result.as_json())
     else:
-        show_plan(result)
+        if result.placement is None:
+            show_plan(result)
+        else:
+            show_placement(result.placement, result.partitions)
         notes(result.notes)
 
 

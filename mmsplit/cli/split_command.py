@@ -7,9 +7,10 @@ from pathlib import Path
 import click
 
 from mmsplit.checkpoint import IoMode
-from mmsplit.cli.options import PATH, json_option, planning_options, work_options
+from mmsplit.cli.options import PART_IDS, PATH, json_option, planning_options, work_options
 from mmsplit.cli.progress import ProgressDisplay
 from mmsplit.cli.render import echo, echo_json, layer_range, notes, percent, size, table
+from mmsplit.cli.source_options import chosen_source, hub_of, hub_options, source_argument
 from mmsplit.codec import CodecName
 from mmsplit.planning import By, TiedMode
 from mmsplit.sidecar.output_directory import Existing
@@ -17,9 +18,15 @@ from mmsplit.verbs.split import SplitResult, split
 
 
 @click.command("split")
-@click.argument("source", type=PATH)
+@source_argument
 @click.option("-o", "--output", type=PATH, required=True, help="Directory for the partition set.")
 @planning_options
+@click.option(
+    "--only",
+    type=PART_IDS,
+    metavar="K,…",
+    help="Write only these partitions, counted from 0.  From the Hub, only their bytes are fetched.",
+)
 @click.option(
     "--codec",
     type=click.Choice(["planes", "zstd", "raw"]),
@@ -30,12 +37,21 @@ from mmsplit.verbs.split import SplitResult, split
 @click.option("--resume", is_flag=True, help="Go on with an unfinished split of the same source and plan.")
 @click.option("--force", is_flag=True, help="Replace what mmsplit wrote to the output before.")
 @click.option("--buffered", is_flag=True, help="Write through the page cache, not past it.")
-@click.option("--model-id", help="Model id for the manifests.  [default: from the Hub cache, or the directory's name]")
-@click.option("--revision", help="Revision for the manifests.  [default: from the Hub cache]")
+@click.option(
+    "--no-source-sha256",
+    is_flag=True,
+    help="Do not compute the SHA-256 of the source shards: a third less work, and merge has less to compare with.",
+)
+@click.option(
+    "--model-id",
+    metavar="ORG/NAME",
+    help="The model on the Hub, in place of SOURCE; with a path as SOURCE, the id for the manifests.",
+)
+@hub_options
 @work_options
 @json_option
 def split_command(
-    source: Path,
+    source: str | None,
     output: Path,
     num_parts: int | None,
     by: By,
@@ -43,37 +59,49 @@ def split_command(
     boundaries: tuple[str, ...] | None,
     tied: TiedMode,
     allow_unknown_dtypes: bool,
+    only: tuple[int, ...] | None,
     codec: CodecName,
     resume: bool,
     force: bool,
     buffered: bool,
+    no_source_sha256: bool,
     model_id: str | None,
     revision: str | None,
+    cache_dir: Path | None,
+    token: str | None,
+    connections: int,
     threads: int | None,
     io: IoMode,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Split the checkpoint SOURCE into a partition set."""
+    """Split the checkpoint SOURCE into a partition set.
+
+    SOURCE is a checkpoint's directory, one of its shards or its weights index, or a model of the Hub: org/name,
+    org/name@revision.  A model of the Hub is split while it is downloaded; its shards never touch the disk.
+    """
     if resume and force:
         raise click.UsageError("--resume and --force exclude each other")
     existing: Existing = "resume" if resume else "force" if force else "refuse"
     with ProgressDisplay(quiet) as progress:
         result = split(
-            source,
+            chosen_source(source, None if source else model_id),
             output,
             num_parts,
             by=by,
             weights=weights,
             boundaries=boundaries,
             tied=tied,
+            only=only,
             codec=codec,
             threads=threads,
             existing=existing,
             io=io,
             direct=not buffered,
-            model_id=model_id,
+            source_sha256=not no_source_sha256,
+            model_id=model_id if source else None,
             revision=revision,
+            hub=hub_of(revision, cache_dir, token, connections),
             allow_unknown_dtypes=allow_unknown_dtypes,
             progress=progress,
         )
@@ -89,15 +117,20 @@ def _show(result: SplitResult) -> None:
         echo(f"{result.path} holds this split already; nothing to do")
     elif result.resumed_bytes:
         echo(f"{size(result.resumed_bytes)} were there already, intact")
+    if result.moved_bytes is not None:
+        echo(f"{size(result.needed_bytes)} of the model needed, {size(result.moved_bytes)} moved over the network")
     rows = [
         (
             str(entry.part_id),
-            layer_range(part.layers),
+            layer_range(result.plan.partitions[entry.part_id].layers),
             size(entry.total_bytes),
             size(entry.stored_bytes),
             percent(entry.stored_bytes, entry.total_bytes),
         )
-        for entry, part in zip(result.manifest.partitions, result.plan.partitions, strict=True)
+        for entry in result.partitions
     ]
     echo(table(("partition", "layers", "raw", "stored", "ratio"), rows, (True, False, True, True, True)))
-    echo(f"\n  root digest {result.root_digest}")
+    if result.root_digest is None:
+        echo(f"\n  {len(result.partitions)} of {result.plan.num_parts} partitions; no set yet")
+    else:
+        echo(f"\n  root digest {result.root_digest}")

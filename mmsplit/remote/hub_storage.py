@@ -57,6 +57,15 @@ class HubStorage:
         return self.repository.repo_id, self.repository.commit
 
     @property
+    def directory(self) -> None:
+        """Not on this machine."""
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes received so far."""
+        return self.traffic.received_bytes
+
+    @property
     def traffic(self) -> TrafficSnapshot:
         """What moved so far."""
         return self.repository.traffic.snapshot()

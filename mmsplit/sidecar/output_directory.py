@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal
@@ -20,6 +20,7 @@ import xxhash
 
 from mmsplit.errors import MmsplitError, NoSpaceError, OutputError, OutputExistsError, OutputLockedError
 from mmsplit.sidecar.framing import MAGIC
+from mmsplit.sidecar.manifest import manifest_name, parse_manifest, payload_name
 from mmsplit.sidecar.output_files import PARTIAL_SUFFIX, output_errors, sync_directory, write_whole_file
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest, parse_set_manifest
 
@@ -29,22 +30,25 @@ LOCK_NAME: Final = ".mmsplit.lock"
 _OURS: Final = re.compile(
     r"^(partition_\d+\.(json|bin)(\.partial|\.journal)?|(partition_set|unfinished_split)\.json(\.partial)?)$", re.ASCII
 )
+_PARTITION: Final = re.compile(r"^partition_(\d+)\.", re.ASCII)
 
 #: What to do about output that is there already: refuse, continue an unfinished run, or replace what mmsplit wrote.
 Existing = Literal["refuse", "resume", "force"]
-Found = Literal["nothing", "unfinished", "finished"]
+Found = Literal["nothing", "partitions", "unfinished", "finished"]
 
 
 class OutputDirectory:
     """An output directory, locked from `__enter__` to `__exit__`.
 
     `small_files` are those that earlier runs wrote here, by name the SHA-256 of what they may hold; `prepare` finds
-    them in the set or unfinished run that it continues or removes; None where that cannot be read.
+    them in the set or unfinished run that it continues or removes; None where that cannot be read.  `neighbours` are
+    the ids of finished partitions of the same plan that stay as they are beside those that this run writes.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.small_files: Mapping[str, Sequence[str]] | None = {}
+        self.neighbours: frozenset[int] = frozenset()
         self._own_names: list[str] = []
         self._lock_fd = -1
 
@@ -62,21 +66,30 @@ class OutputDirectory:
         _unlock(self.path / LOCK_NAME, self._lock_fd)
         self._lock_fd = -1
 
-    def prepare(self, identity: Mapping[str, object], existing: Existing) -> Found:
+    def prepare(
+        self, identity: Mapping[str, object], existing: Existing, part_ids: Collection[int] | None = None
+    ) -> Found:
         """Settle what is there already and return what this run starts from.
 
-        `identity` says what the run makes; only a run of the same identity may be continued.  A finished
-        set records less of it (not the encoder), and is held to that.  Raises `OutputExistsError`; nothing is removed
-        that mmsplit did not write, and that only with "force".
+        `identity` says what the run makes; only a run of the same identity may be continued.  A finished set records
+        less of it (not the encoder), as do single partitions, and they are held to that.  `part_ids` are the
+        partitions that the run writes, None for all; finished ones of the same plan may be there without a set
+        manifest.  Raises `OutputExistsError`; nothing is removed that mmsplit did not write, and that only
+        with "force".
         """
         manifest_path = self.path / SET_MANIFEST_NAME
         if existing == "force":
-            self._find_own_files()
+            self._find_own_files(part_ids)
+            there = self._finished_partitions(identity, set(self._own_names))
+            self.neighbours = there
             return "nothing"
         state = self._read_state()
         if state is not None:
             self._require_same(state, identity, existing, "an unfinished split")
             self.small_files = self._recorded_small_files()
+            if part_ids is not None:
+                own = {name for name in os.listdir(self.path) if _part_id_of(name) in part_ids}
+                self.neighbours = self._finished_partitions(identity, own)
             return "unfinished"
         if manifest_path.exists():
             manifest = self._read_set_manifest()
@@ -85,16 +98,56 @@ class OutputDirectory:
             self._require_same(recorded, wanted, existing, "a finished partition set")
             self._require_complete(manifest)
             return "finished"
-        # A run killed while it wrote its first state left no more than that.
-        names = (name for name in os.listdir(self.path) if not name.startswith(STATE_NAME))
-        stray = sorted(name for name in names if _OURS.match(name))
-        if stray:
+        there = self._finished_partitions(identity, set())
+        wanted_there = there if part_ids is None else there & frozenset(part_ids)
+        if wanted_there and existing == "refuse":
             raise OutputExistsError(
-                f"output holds {stray[0]}, but neither a set manifest nor an unfinished run",
+                f"partition {min(wanted_there)} of this split is there already",
                 path=self.path,
-                hint="Choose another directory, or use --force to replace what mmsplit wrote there.",
+                hint="Use --resume to keep it, or --force to write it again.",
             )
-        return "nothing"
+        self.neighbours = there - wanted_there
+        if there:
+            self.small_files = None  # nobody recorded who wrote them
+        return "partitions" if there else "nothing"
+
+    def _finished_partitions(self, identity: Mapping[str, object], ignored: Collection[str]) -> frozenset[int]:
+        """Return the ids of finished partitions; raises unless all files of ours are of such, of the same identity.
+
+        Files named in `ignored` do not count, nor what a run left that was killed while it wrote its first state.
+        """
+        names = [name for name in os.listdir(self.path) if _OURS.match(name) and name not in ignored]
+        names = sorted(name for name in names if not name.startswith(STATE_NAME))
+        found = set()
+        for name in names:
+            part_id = _part_id_of(name)
+            if part_id is None or not {manifest_name(part_id), payload_name(part_id)} <= set(names):
+                raise OutputExistsError(
+                    f"output holds {name}, but neither a set manifest nor an unfinished run",
+                    path=self.path,
+                    hint="Choose another directory, or use --force to replace what mmsplit wrote there.",
+                )
+            found.add(part_id)
+        for part_id in found:
+            self._require_same_origin(self.path / manifest_name(part_id), identity)
+        return frozenset(found)
+
+    def _require_same_origin(self, path: Path, identity: Mapping[str, object]) -> None:
+        try:
+            manifest = parse_manifest(path.read_bytes(), str(path))
+        except (MmsplitError, OSError) as error:
+            raise OutputExistsError(
+                f"output holds a partition that cannot be read: {error}",
+                path=path,
+                hint="Choose another directory, or use --force to replace what mmsplit wrote there.",
+            ) from error
+        there = {
+            "source": manifest.source_digest,
+            "plan": manifest.plan_digest,
+            "model_id": manifest.model_id,
+            "revision": manifest.revision,
+        }
+        self._require_same(there, {key: identity.get(key) for key in there}, "resume", "a partition")
 
     def write_state(self, state: Mapping[str, object]) -> None:
         """Record what the run makes and what it knows so far."""
@@ -105,6 +158,12 @@ class OutputDirectory:
     def read_state(self) -> Mapping[str, object]:
         """Return what the unfinished run recorded; empty if there is none."""
         return self._read_state() or {}
+
+    def finish_partitions(self) -> None:
+        """End the unfinished state without a set manifest: partitions are there, and others are still missing."""
+        with output_errors(self.path):
+            (self.path / STATE_NAME).unlink(missing_ok=True)
+        sync_directory(self.path)
 
     def finish(self, set_manifest: bytes) -> None:
         """Write the set manifest, which makes the set a set, and end the unfinished state."""
@@ -162,6 +221,8 @@ class OutputDirectory:
         if different:
             reason = f"output holds {what} of another {', '.join(different).replace('_', ' ')}"
             hint = "Choose another directory, or use --force to replace it."
+            if different == ["revision"] and there.get("revision") and existing == "resume":
+                hint = f"To go on with that one: --revision {there['revision']}. {hint}"
         else:
             reason = f"output holds {what} of the same source and plan"
             hint = "Use --resume to go on from there, or --force to start again."
@@ -181,9 +242,14 @@ class OutputDirectory:
                     hint="Bring it back, or use --force to split again.",
                 )
 
-    def _find_own_files(self) -> None:
-        """Find what mmsplit wrote here, for `remove_own_files`; a foreign file with a name of ours is refused."""
+    def _find_own_files(self, part_ids: Collection[int] | None) -> None:
+        """Find what mmsplit wrote here, for `remove_own_files`; a foreign file with a name of ours is refused.
+
+        With `part_ids`, the files of other partitions are left alone.
+        """
         names = [name for name in os.listdir(self.path) if _OURS.match(name)]
+        if part_ids is not None:
+            names = [name for name in names if _part_id_of(name) in (None, *part_ids)]
         for name in names:
             if not _is_ours(self.path / name):
                 raise OutputExistsError(
@@ -243,6 +309,12 @@ def _identity_of(manifest: SetManifest) -> dict[str, object]:
         "model_id": manifest.model_id,
         "revision": manifest.revision,
     }
+
+
+def _part_id_of(name: str) -> int | None:
+    """Return which partition a file name of ours belongs to; None for the set's own files."""
+    found = _PARTITION.match(name)
+    return int(found[1]) if found else None
 
 
 def _state_checksum(state: Mapping[str, object]) -> str:

@@ -6,14 +6,18 @@ import hashlib
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
-from mmsplit.errors import CheckpointError, IntegrityError, MmsplitError, OutputExistsError
+from mmsplit.checkpoint import Storage
+from mmsplit.errors import CheckpointError, IntegrityError, OutputExistsError
 from mmsplit.sidecar.output_files import output_errors, write_whole_file
 from mmsplit.sidecar.set_manifest import FileEntry
 
+_COPY_HINT: Final = "Copy it again from where the set came from."
+
 
 def read_small_files(
-    source: Path, names: Sequence[str], expected: Mapping[str, str] | None = None
+    source: Storage, names: Sequence[str], expected: Mapping[str, str] | None = None
 ) -> tuple[FileEntry, ...]:
     """Return the entries of files by relative name.
 
@@ -21,16 +25,21 @@ def read_small_files(
     """
     entries = []
     for name in names:
-        # A file that a checkpoint lacks is the checkpoint's fault; one that a set lacks is damage.
-        data = _read(source / name, CheckpointError if expected is None else IntegrityError)
+        try:
+            data = source.read_file(name)
+        except CheckpointError as error:
+            if expected is None:
+                raise
+            # A file that a checkpoint lacks is the checkpoint's fault; one that a set lacks is damage.
+            raise IntegrityError(error.what, path=error.path, hint=_COPY_HINT) from error
         entry = FileEntry(name, len(data), _sha256(data))
         if expected is not None and expected[name] != entry.sha256:
             raise IntegrityError(
                 "file of the model is not as it was written",
-                path=source / name,
+                path=source.location_of(name),
                 expected=expected[name],
                 found=entry.sha256,
-                hint="Copy it again from where the set came from.",
+                hint=_COPY_HINT,
             )
         entries.append(entry)
     return tuple(entries)
@@ -56,11 +65,11 @@ def require_free_names(target: Path, entries: Sequence[FileEntry], ours: Mapping
             )
 
 
-def copy_small_files(source: Path, entries: Sequence[FileEntry], target: Path) -> None:
+def copy_small_files(source: Storage, entries: Sequence[FileEntry], target: Path) -> None:
     """Copy the files whose names are free, or ours to replace (see `require_free_names`)."""
     for entry in entries:
         place = target / entry.name
-        data = _read(source / entry.name, CheckpointError)
+        data = source.read_file(entry.name)
         with output_errors(place):
             if place.is_file() and place.read_bytes() == data:
                 continue
@@ -70,11 +79,3 @@ def copy_small_files(source: Path, entries: Sequence[FileEntry], target: Path) -
 
 def _sha256(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
-
-
-def _read(path: Path, kind: type[MmsplitError]) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        hint = "Copy it again from where the set came from." if kind is IntegrityError else None
-        raise kind(f"cannot read a file of the model: {error.strerror}", path=path, hint=hint) from error

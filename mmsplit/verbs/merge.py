@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 import xxhash
 
-from mmsplit.checkpoint import FileReader, IoMode, Scratch
+from mmsplit.checkpoint import FileReader, IoMode, LocalStorage, Scratch
 from mmsplit.codec import ChunkDecoder
 from mmsplit.errors import IntegrityError, OutputError, OutputExistsError, RequestError
 from mmsplit.sidecar.layout import CHUNK_BYTES
@@ -108,9 +108,9 @@ def merge(
             out.require_space(sum(shard.size_bytes for shard in todo) - there, "the merged checkpoint")
             # First what may be refused after a moment, last the index: with it the checkpoint is whole.
             digests = {entry.name: entry.sha256 for entry in manifest.files}
-            files = read_small_files(root, list(digests), digests)
+            files = read_small_files(LocalStorage(root), list(digests), digests)
             require_free_names(out.path, files, None)
-            copy_small_files(root, files, out.path)
+            copy_small_files(LocalStorage(root), files, out.path)
             _write_shards(out.path, todo, pieces, thread_count(threads), progress)
             if manifest.weights_index is not None:
                 name, index = manifest.weights_index
@@ -274,7 +274,7 @@ class _ShardRun:
                 digest.update(piece)
                 position += len(piece)
         found = f"sha256:{digest.hexdigest()}"
-        if found != self.entry.sha256:
+        if self.entry.sha256 is not None and found != self.entry.sha256:
             raise IntegrityError(
                 "merged shard is not the original",
                 path=self.partial,

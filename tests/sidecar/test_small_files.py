@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from checkpoints import tree
 
+from mmsplit.checkpoint import LocalStorage
 from mmsplit.errors import CheckpointError, IntegrityError, OutputExistsError
 from mmsplit.sidecar.set_manifest import FileEntry
 from mmsplit.sidecar.small_files import copy_small_files, read_small_files, require_free_names
@@ -31,9 +32,9 @@ _NAMES = ("a.txt", "sub/b.txt")
 
 def copy(source: Path, out: Path, ours: dict[str, list[str]] | None = None) -> tuple[FileEntry, ...]:
     """What split (with `ours`) and merge (without) do."""
-    entries = read_small_files(source, _NAMES)
+    entries = read_small_files(LocalStorage(source), _NAMES)
     require_free_names(out, entries, ours)
-    copy_small_files(source, entries, out)
+    copy_small_files(LocalStorage(source), entries, out)
     return entries
 
 
@@ -94,9 +95,9 @@ def test_what_may_be_replaced_is_replaced(source: Path, tmp_path: Path) -> None:
 def test_a_file_that_is_not_as_expected(source: Path) -> None:
     """Held to digests, another content or a missing file is damage; otherwise a missing file is the source's fault."""
     with pytest.raises(IntegrityError, match="not as it was written"):
-        read_small_files(source, ["a.txt"], {"a.txt": _sha256(b"b")})
+        read_small_files(LocalStorage(source), ["a.txt"], {"a.txt": _sha256(b"b")})
     (source / "a.txt").unlink()
     with pytest.raises(IntegrityError, match="cannot read"):
-        read_small_files(source, ["a.txt"], {"a.txt": _sha256(b"a")})
+        read_small_files(LocalStorage(source), ["a.txt"], {"a.txt": _sha256(b"a")})
     with pytest.raises(CheckpointError, match="cannot read"):
-        read_small_files(source, ["a.txt"])
+        read_small_files(LocalStorage(source), ["a.txt"])

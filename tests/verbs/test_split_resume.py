@@ -23,7 +23,7 @@ from mmsplit.errors import (
 )
 from mmsplit.sidecar.output_directory import LOCK_NAME, STATE_NAME
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME
-from mmsplit.verbs import split as split_module
+from mmsplit.splitting import split_run
 from mmsplit.verbs.load import open_set
 from mmsplit.verbs.split import split
 from mmsplit.verbs.verify import verify
@@ -476,6 +476,6 @@ def test_an_unfinished_split_of_another_encoder_is_not_continued(
 
     with pytest.raises(KeyboardInterrupt):
         split(source, tmp_path / "out", 2, progress=stop)
-    monkeypatch.setattr(split_module, "ENCODER", "planes 1, zstd 9.9.9")
+    monkeypatch.setattr(split_run, "ENCODER", "planes 1, zstd 9.9.9")
     with pytest.raises(OutputExistsError, match="another encoder"):
         split(source, tmp_path / "out", 2, existing="resume")

@@ -1,0 +1,73 @@
+"""The stream of slots: in which order they are made, what each needs of the source, and making one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
+
+from mmsplit.checkpoint import ShardRange, ShardReaders
+from mmsplit.codec import CodecName
+from mmsplit.sidecar.chunk_copier import ChunkCopier
+from mmsplit.sidecar.layout import Slot
+from mmsplit.sidecar.slot_encoder import SlotEncoder
+from mmsplit.splitting.partition_run import PartitionRun
+from mmsplit.workers import ProgressCounter
+
+#: Slots encoded on trial when the free space is less than the worst case.
+_SPACE_SAMPLES: Final = 24
+
+
+class SlotJob(NamedTuple):
+    """One slot of one partition."""
+
+    run: PartitionRun
+    slot: Slot
+
+    @property
+    def part_id(self) -> int:
+        """Number of the partition."""
+        return self.run.partition.part_id
+
+
+def iter_jobs(runs: Sequence[PartitionRun]) -> Iterator[SlotJob]:
+    """Yield what is missing, partition by partition; each is opened when its turn comes."""
+    for run in runs:
+        run.writer.open()
+        if run.writer.is_complete:  # nothing to store, or killed between the last slot and the end
+            run.finish()
+            continue
+        for slot in run.slots():
+            if slot.number >= run.writer.recovered_slots:
+                yield SlotJob(run, slot)
+
+
+def ranges_of(job: SlotJob, copier: ChunkCopier) -> Iterator[ShardRange]:
+    """Yield the source ranges that a job borrows, in order; what it copies from an earlier partition needs none."""
+    for chunk in job.slot.chunks:
+        if not copier.is_copied(job.part_id, chunk):
+            start = chunk.tensor.start_offset + chunk.start
+            yield ShardRange(chunk.tensor.shard, start, start + chunk.raw_bytes)
+
+
+def make_slot(job: SlotJob, encoder: SlotEncoder, counter: ProgressCounter) -> None:
+    """Encode a slot and write it to its place; whoever writes the last one completes the partition."""
+    encoded = encoder.encode(job.part_id, job.slot)
+    writer = job.run.writer
+    offset = writer.place(job.slot.number, encoded.stored_bytes)
+    if writer.write(job.slot.number, job.slot.first_chunk, offset, encoded.block, encoded.records):
+        job.run.finish()
+    counter.add(job.slot.raw_bytes)
+
+
+def sample_ratio(runs: Sequence[PartitionRun], readers: ShardReaders, codec: CodecName) -> float:
+    """Encode slots spread over all partitions on trial; return stored by raw bytes."""
+    every = max(1, sum(run.slot_count for run in runs) // _SPACE_SAMPLES)
+    encoder = SlotEncoder(readers, codec, threading.Semaphore(1))
+    raw = stored = 0
+    jobs = (SlotJob(run, slot) for run in runs for slot in run.slots())
+    for number, job in enumerate(jobs):
+        if number % every == 0:
+            raw += job.slot.raw_bytes
+            stored += len(encoder.encode(job.part_id, job.slot).block)
+    return stored / raw if raw else 1.0

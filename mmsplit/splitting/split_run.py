@@ -1,0 +1,401 @@
+"""One call of `split`: what is there, what is missing, the threads that make it, the set manifest.
+
+One stream of slots runs through a few threads.  Each takes the next slot, borrows the source bytes, encodes them into
+a page-aligned block of its own, learns the slot's place from the writer, writes it there.  More threads exist than
+may encode at once, so that reading and writing of some overlap with the encoding of others.  Beside them, one thread
+or more compute the SHA-256 of the source shards: of a local shard from its file, of one that came over the network
+from what the finished partitions give back.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from mmsplit.checkpoint import Checkpoint, IoMode, Shard, ShardHasher, ShardRange, ShardReaders, iter_with_read_ahead
+from mmsplit.codec import ENCODER, CodecName
+from mmsplit.errors import IntegrityError, OutputExistsError, SourceChangedError
+from mmsplit.planning import Plan
+from mmsplit.sidecar.chunk_copier import ChunkCopier
+from mmsplit.sidecar.manifest_builder import Origin
+from mmsplit.sidecar.output_directory import Existing, OutputDirectory, free_bytes
+from mmsplit.sidecar.repeated_chunks import RepeatedChunks
+from mmsplit.sidecar.set_manifest import (
+    SET_MANIFEST_NAME,
+    FileEntry,
+    KeptBytes,
+    PartitionEntry,
+    SetManifest,
+    ShardEntry,
+    format_set_manifest,
+    parse_set_manifest,
+)
+from mmsplit.sidecar.slot_encoder import SlotEncoder
+from mmsplit.sidecar.small_files import copy_small_files, read_small_files, require_free_names
+from mmsplit.splitting.partition_run import PartitionRun, entry_of
+from mmsplit.splitting.same_weights import require_same_weights
+from mmsplit.splitting.slot_jobs import SlotJob, iter_jobs, make_slot, ranges_of, sample_ratio
+from mmsplit.splitting.stored_shards import StoredShard, StoredShardHasher, find_stored_shards
+from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup
+
+#: Threads beyond those that encode: while they wait for the disk, the others have work.
+_EXTRA_THREADS: Final = 2
+_SPACE_MARGIN: Final = 1.03
+_MANIFEST_BYTES_PER_TENSOR: Final = 512
+
+
+class SplitResult(NamedTuple):
+    """What a split made: the entries of the partitions it was to write, and the set manifest if the set is whole.
+
+    `resumed_bytes` of the raw bytes were there already.  Of the source `needed_bytes` were read; over the network
+    `moved_bytes` came since it was opened, None for a source on this machine.
+    """
+
+    path: Path
+    plan: Plan
+    partitions: tuple[PartitionEntry, ...]
+    manifest: SetManifest | None
+    resumed_bytes: int
+    already_finished: bool
+    needed_bytes: int
+    moved_bytes: int | None
+
+    @property
+    def root_digest(self) -> str | None:
+        """The set's root digest; None while partitions are missing."""
+        return None if self.manifest is None else self.manifest.root_digest
+
+    @property
+    def total_bytes(self) -> int:
+        """Raw bytes in these partitions, copies of tied weights included."""
+        return sum(entry.total_bytes for entry in self.partitions)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Encoded bytes in these partitions."""
+        return sum(entry.stored_bytes for entry in self.partitions)
+
+    def as_json(self) -> dict[str, object]:
+        """Return what `split --json` shows."""
+        return {
+            "path": str(self.path),
+            "root_digest": self.root_digest,
+            "already_finished": self.already_finished,
+            "resumed_bytes": self.resumed_bytes,
+            "needed_bytes": self.needed_bytes,
+            "moved_bytes": self.moved_bytes,
+            "total_bytes": self.total_bytes,
+            "stored_bytes": self.stored_bytes,
+            "partitions": [entry._asdict() for entry in self.partitions],
+            "notes": list(self.plan.notes),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions:
+    """How to split; see `mmsplit.split`.  `only` are the partitions to write, None for all."""
+
+    codec: CodecName
+    threads: int
+    io: IoMode
+    direct: bool
+    source_sha256: bool
+    only: tuple[int, ...] | None
+
+
+class SplitRun:
+    """Writes the partitions of a plan to a directory that is locked for it; `execute` is called once."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        origin: Origin,
+        options: SplitOptions,
+        out: OutputDirectory,
+        kept_headers: dict[str, KeptBytes],
+        progress: ProgressCallback | None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._plan = plan
+        self._origin = origin
+        self._options = options
+        self._out = out
+        self._kept_headers = kept_headers
+        self._progress = progress
+        self._state_lock = threading.Lock()
+        self._shard_sha256: dict[str, str] = {}
+        self._distrusted: set[str] = set()
+        self._files: dict[str, list[str]] = {}
+        self._resumed_bytes = 0
+        self._needed_bytes = 0
+
+    def execute(self, existing: Existing) -> SplitResult:
+        """Write what is missing.  Raises any branch of `MmsplitError`."""
+        found = self._out.prepare(self._identity(), existing, self._options.only)
+        if found == "finished":
+            return self._result(self._finished_set(), already_finished=True)
+        runs = [
+            PartitionRun(partition, self._origin, self._out.path, self._options.direct)
+            for partition in self._plan.partitions
+            if self._is_wanted(partition.part_id)
+        ]
+        if found != "nothing":
+            self._recover(runs)
+        with self._checkpoint.open_readers(self._options.io) as readers:
+            self._require_space(runs, readers)
+            files = read_small_files(self._checkpoint.storage, self._checkpoint.small_files)
+            if found == "unfinished":
+                self._require_same_small_files(files)
+            require_free_names(self._out.path, files, self._out.small_files)
+            self._out.remove_own_files()
+            # The state first: a file that is copied is ours, and a later run must know it.
+            before = self._out.small_files or {}
+            self._files = {e.name: sorted({e.sha256, *before.get(e.name, ())}) for e in files}
+            self._write_state()
+            copy_small_files(self._checkpoint.storage, files, self._out.path)
+            try:
+                self._stream(runs, readers)
+            finally:
+                for run in runs:
+                    run.writer.close()
+        self._checkpoint.require_unchanged()
+        if self._missing_after(runs):
+            self._out.finish_partitions()
+            return self._result(None)
+        manifest = self._set_manifest(files)
+        self._out.finish(format_set_manifest(manifest))
+        return self._result(manifest)
+
+    @property
+    def _is_remote(self) -> bool:
+        return self._checkpoint.storage.directory is None
+
+    def _is_wanted(self, part_id: int) -> bool:
+        return self._options.only is None or part_id in self._options.only
+
+    def _missing_after(self, runs: Sequence[PartitionRun]) -> set[int]:
+        """Ids of the partitions that the set will still lack when `runs` are done."""
+        have = {run.partition.part_id for run in runs} | self._out.neighbours
+        return set(range(self._plan.num_parts)) - have
+
+    def _result(self, manifest: SetManifest | None, *, already_finished: bool = False) -> SplitResult:
+        wanted = [part.part_id for part in self._plan.partitions if self._is_wanted(part.part_id)]
+        return SplitResult(
+            path=self._out.path,
+            plan=self._plan,
+            partitions=tuple(entry_of(self._out.path, part_id) for part_id in wanted),
+            manifest=manifest,
+            resumed_bytes=self._planned_bytes() if already_finished else self._resumed_bytes,
+            already_finished=already_finished,
+            needed_bytes=self._needed_bytes,
+            moved_bytes=self._checkpoint.storage.moved_bytes,
+        )
+
+    def _finished_set(self) -> SetManifest:
+        path = self._out.path / SET_MANIFEST_NAME
+        manifest = parse_set_manifest(path.read_bytes(), str(path))
+        if not self._is_remote:  # a commit has no other weights
+            require_same_weights(self._checkpoint, self._out.path, manifest)
+        if self._options.source_sha256 and any(shard.sha256 is None for shard in manifest.shards):
+            raise OutputExistsError(
+                "output holds a finished partition set without the SHA-256 of its source",
+                path=self._out.path,
+                hint="Split without the SHA-256 of the source, too, or use --force to split again.",
+            )
+        return manifest
+
+    def _identity(self) -> dict[str, object]:
+        return {
+            "source": self._origin.source_digest,
+            "plan": self._origin.plan_digest,
+            "codec": self._options.codec,
+            "model_id": self._origin.model_id,
+            "revision": self._origin.revision,
+            "encoder": ENCODER,
+            "only": None if self._options.only is None else list(self._options.only),
+        }
+
+    def _write_state(self) -> None:
+        known = {
+            "fingerprints": {shard.name: list(shard.identity) for shard in self._checkpoint.shards},
+            "files": self._files,
+            "shard_sha256": self._shard_sha256,
+            "distrusted": sorted(self._distrusted),
+        }
+        self._out.write_state({**self._identity(), **known})
+
+    def _planned_bytes(self) -> int:
+        return sum(part.total_bytes for part in self._plan.partitions if self._is_wanted(part.part_id))
+
+    def _recover(self, runs: Sequence[PartitionRun]) -> None:
+        """Re-hash what an earlier run left: whole partitions, and the leading slots of unfinished ones."""
+        state = self._out.read_state()
+        if state:
+            self._require_same_shards(state)
+        digests, distrusted = state.get("shard_sha256"), state.get("distrusted")
+        self._shard_sha256 = dict(digests) if isinstance(digests, dict) else {}
+        self._distrusted = set(distrusted) if isinstance(distrusted, list) else set()
+        counter = ProgressCounter("re-hash", self._planned_bytes(), self._progress)
+        for run in runs:
+            self._resumed_bytes += run.recover(self._distrusted, lambda slot: counter.add(slot.raw_bytes))
+
+    def _require_same_shards(self, state: object) -> None:
+        fingerprints = state.get("fingerprints") if isinstance(state, dict) else None
+        for shard in self._checkpoint.shards:
+            before = fingerprints.get(shard.name) if isinstance(fingerprints, dict) else None
+            if before != list(shard.identity):
+                raise SourceChangedError(
+                    "shard is not the one the unfinished split read: it was changed, copied or moved since",
+                    path=shard.location,
+                    expected=f"size, time, inode, device {before}",
+                    found=f"{list(shard.identity)}",
+                    hint="What is finished cannot be trusted to be of this file; use --force to start again.",
+                )
+
+    def _require_same_small_files(self, files: Sequence[FileEntry]) -> None:
+        recorded = self._out.small_files or {}
+        for entry in files:
+            if entry.sha256 not in recorded.get(entry.name, (entry.sha256,)):
+                raise SourceChangedError(
+                    "file of the model is not the one the unfinished split copied",
+                    path=self._checkpoint.location_of(entry.name),
+                    hint="Bring it back, or use --force to start again.",
+                )
+
+    def _stream(self, runs: Sequence[PartitionRun], readers: ShardReaders) -> None:
+        unfinished = [run for run in runs if not run.writer.is_finished]
+
+        def cancel() -> None:
+            readers.cancel()
+            for run in unfinished:
+                run.writer.cancel()
+
+        to_check = self._shards_to_check(runs) if self._is_remote else []
+        checked_bytes = sum(stored.shard.size_bytes - stored.shard.header_bytes for stored in to_check)
+        counter = ProgressCounter("split", self._planned_bytes() + checked_bytes, self._progress)
+        counter.add(self._resumed_bytes)
+        threads = self._options.threads
+        permits = threading.Semaphore(threads)
+        copier = self._copier(runs)
+
+        def make_encoder() -> Callable[[SlotJob], None]:
+            encoder = SlotEncoder(readers, self._options.codec, permits, copier)
+            return lambda job: make_slot(job, encoder, counter)
+
+        jobs = iter_with_read_ahead(iter_jobs(unfinished), readers, lambda job: self._count(job, copier))
+        with copier, WorkerGroup(cancel) as group:
+
+            def make_hasher() -> Callable[[Shard], None]:
+                hasher = ShardHasher(self._checkpoint, readers, group.go_on)
+                return lambda shard: self._record_sha256(shard.name, hasher.sha256(shard.name))
+
+            def make_checker() -> Callable[[StoredShard], None]:
+                hasher = StoredShardHasher(self._out.path, self._checkpoint.read_header, group.go_on)
+                return lambda stored: self._check(stored, runs, hasher, counter.add)
+
+            group.start_many("encode", threads + _EXTRA_THREADS, JobStream(jobs), make_encoder)
+            if self._is_remote:
+                group.start_many("check", threads, JobStream(iter(to_check)), make_checker)
+            else:
+                group.start_many("hash", max(1, threads // 2), JobStream(iter(self._shards_to_hash(runs))), make_hasher)
+
+    def _count(self, job: SlotJob, copier: ChunkCopier) -> Sequence[ShardRange]:
+        ranges = tuple(ranges_of(job, copier))
+        self._needed_bytes += sum(stop - start for _, start, stop in ranges)
+        return ranges
+
+    def _copier(self, runs: Sequence[PartitionRun]) -> ChunkCopier:
+        writers = {run.partition.part_id: run.writer for run in runs}
+        repeated = RepeatedChunks(run.partition for run in runs)
+        return ChunkCopier(repeated, writers, direct=self._options.direct)
+
+    def _shards_to_hash(self, runs: Sequence[PartitionRun]) -> list[Shard]:
+        """Shards of this machine whose digest the set manifest is going to need."""
+        if not self._options.source_sha256 or self._missing_after(runs):
+            return []
+        return [shard for shard in self._checkpoint.shards if shard.name not in self._shard_sha256]
+
+    def _shards_to_check(self, runs: Sequence[PartitionRun]) -> list[StoredShard]:
+        """Shards from the network that come back as a whole from the partitions that will be here."""
+        if not self._options.source_sha256:
+            return []
+        here = self._out.neighbours | {run.partition.part_id for run in runs}
+        partitions = [partition for partition in self._plan.partitions if partition.part_id in here]
+        stored = find_stored_shards(self._checkpoint.shards, partitions)
+        return [item for item in stored if item.shard.name not in self._shard_sha256]
+
+    def _check(
+        self,
+        stored: StoredShard,
+        runs: Collection[PartitionRun],
+        hasher: StoredShardHasher,
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        """Hold what the partitions give back of a shard to the digest that the Hub publishes."""
+        for run in runs:
+            if run.partition.part_id in stored.part_ids:
+                run.writer.wait_until_finished()
+        found = hasher.sha256(stored, on_bytes)
+        name = stored.shard.name
+        published = self._checkpoint.published_sha256(name)
+        if published not in (None, found):
+            with self._state_lock:
+                self._distrusted.add(name)
+                self._write_state()
+            raise IntegrityError(
+                "what arrived of this shard is not what the Hub has: its SHA-256 is not the published one",
+                path=stored.shard.location,
+                expected=published,
+                found=found,
+                hint="Run the same command again with --resume: what came of this shard is fetched anew.",
+            )
+        self._record_sha256(name, f"sha256:{found}")
+
+    def _record_sha256(self, shard: str, digest: str) -> None:
+        with self._state_lock:
+            self._shard_sha256[shard] = digest
+            self._distrusted.discard(shard)
+            self._write_state()
+
+    def _require_space(self, runs: Sequence[PartitionRun], readers: ShardReaders) -> None:
+        """Refuse before the first byte if the set cannot fit; measure the ratio only if the worst case would not."""
+        tensor_count = sum(len(layer.tensors) for run in runs for layer in run.partition.layers)
+        extra = tensor_count * _MANIFEST_BYTES_PER_TENSOR
+        extra += sum(self._checkpoint.storage.file_bytes(name) or 0 for name in self._checkpoint.small_files)
+        missing = [run for run in runs if not run.writer.is_finished]
+        worst = sum(run.largest_bytes() for run in missing)
+        if free_bytes(self._out.path) + self._out.reclaimable_bytes >= worst + extra:
+            return
+        done = sum(run.writer.data_stop for run in missing)
+        ratio = min(1.0, sample_ratio(runs, readers, self._options.codec) * _SPACE_MARGIN)
+        self._out.require_space(int(worst * ratio) - done + extra, "the partition set")
+
+    def _set_manifest(self, files: tuple[FileEntry, ...]) -> SetManifest:
+        checkpoint = self._checkpoint
+        index = None if checkpoint.index_name is None else (checkpoint.index_name, KeptBytes.of(checkpoint.index_bytes))
+        return SetManifest(
+            model_id=self._origin.model_id,
+            revision=self._origin.revision,
+            plan_digest=self._origin.plan_digest,
+            source_digest=self._origin.source_digest,
+            codec=self._options.codec,
+            tied=self._plan.tied,
+            shards=tuple(self._shard_entry(shard) for shard in checkpoint.shards),
+            weights_index=index,
+            files=files,
+            partitions=tuple(entry_of(self._out.path, part.part_id) for part in self._plan.partitions),
+        )
+
+    def _shard_entry(self, shard: Shard) -> ShardEntry:
+        header = self._kept_headers[shard.name]
+        computed = self._shard_sha256.get(shard.name)
+        if computed is not None:
+            return ShardEntry(shard.name, shard.size_bytes, computed, header)
+        published = self._checkpoint.published_sha256(shard.name)
+        if published is None:
+            return ShardEntry(shard.name, shard.size_bytes, None, header)
+        return ShardEntry(shard.name, shard.size_bytes, f"sha256:{published}", header, sha256_is_published=True)

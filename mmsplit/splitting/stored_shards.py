@@ -1,0 +1,101 @@
+"""SHA-256 of source shards, computed from what the partitions store of them.
+
+A shard that came over the network lies nowhere as a whole, and its bytes were fetched in the order of the layers.  So
+it is put together again from the finished partitions, as a merge would, and hashed: what the Hub publishes is compared
+with what the partitions give back, not only with what arrived.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mmsplit.checkpoint import Scratch, Shard
+from mmsplit.codec import ChunkDecoder
+from mmsplit.errors import IntegrityError
+from mmsplit.planning import PlannedPartition, iter_stored
+from mmsplit.sidecar.layout import CHUNK_BYTES
+from mmsplit.sidecar.manifest import TensorEntry, manifest_name
+from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files
+
+
+class StoredShard(NamedTuple):
+    """A shard whose bytes after the header are all in partitions `part_ids`, in order."""
+
+    shard: Shard
+    part_ids: tuple[int, ...]
+
+
+def find_stored_shards(shards: Sequence[Shard], partitions: Sequence[PlannedPartition]) -> list[StoredShard]:
+    """Return the shards of which every tensor is in `partitions`, those first that are complete first."""
+    home: dict[str, dict[tuple[int, int], int]] = {shard.name: {} for shard in shards}
+    for partition in partitions:
+        for _, tensor in iter_stored(partition):
+            home[tensor.shard].setdefault((tensor.start_offset, tensor.stop_offset), partition.part_id)
+    found = []
+    for shard in shards:
+        position = shard.header_bytes
+        for start, stop in sorted(home[shard.name]):
+            if start != position:
+                break
+            position = stop
+        if position == shard.size_bytes:
+            found.append(StoredShard(shard, tuple(sorted(set(home[shard.name].values())))))
+    return sorted(found, key=lambda stored: (stored.part_ids[-1:], stored.shard.name))
+
+
+class StoredShardHasher:
+    """Hashes stored shards; holds a decoder, so one per thread."""
+
+    def __init__(self, directory: Path, read_header: Callable[[str], bytes], go_on: Callable[[], None]) -> None:
+        """`read_header` returns the first bytes of a shard; `go_on` is called between chunks and may raise."""
+        self._directory = directory
+        self._read_header = read_header
+        self._go_on = go_on
+        self._decoder = ChunkDecoder()
+        self._scratch = Scratch()
+        self._chunk = np.empty(CHUNK_BYTES, np.uint8).data
+
+    def sha256(self, stored: StoredShard, on_bytes: Callable[[int], None]) -> str:
+        """Return 64 hex digits; the partitions must be finished.
+
+        Reports the length of each chunk to `on_bytes`.  Raises `IntegrityError` for what cannot be decoded.
+        """
+        digest = hashlib.sha256(self._read_header(stored.shard.name))
+        with ExitStack() as stack:
+            places: dict[int, tuple[OpenPartition, TensorEntry]] = {}
+            for part_id in stored.part_ids:
+                path = self._directory / manifest_name(part_id)
+                partition = stack.enter_context(open_partition_files(path, "pread"))
+                for tensor in partition.tensors:
+                    if tensor.shard == stored.shard.name and tensor.chunk_count:
+                        places.setdefault(tensor.source_start, (partition, tensor))
+            for start in sorted(places):
+                partition, tensor = places[start]
+                for chunk in range(tensor.first_chunk, tensor.first_chunk + tensor.chunk_count):
+                    self._go_on()
+                    raw = self._decode(partition, tensor, chunk)
+                    digest.update(raw)
+                    on_bytes(len(raw))
+        return digest.hexdigest()
+
+    def _decode(self, partition: OpenPartition, tensor: TensorEntry, chunk: int) -> memoryview:
+        start, stop, encoded = partition.encoded(chunk)
+        raw = self._chunk[: int(partition.index[chunk]["raw_bytes"])]
+        try:
+            with partition.reader.borrow(start, stop, self._scratch) as data:
+                self._decoder.decode(data, encoded, raw)
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"chunk that was just written is damaged: {error.what}",
+                path=partition.reader.path,
+                tensor=tensor.name,
+                offset=start,
+                hint="Suspect the disk or the memory; remove this file and run again with --resume.",
+            ) from error
+        return raw
