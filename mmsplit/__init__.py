@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     )
     from mmsplit.layers import Layer, LayerMap, build_layer_map
     from mmsplit.planning import Plan
+    from mmsplit.remote.source import HubOptions, open_source
     from mmsplit.verbs.inspect import inspect
     from mmsplit.verbs.load import Partition, PartitionSet, open_partition, open_set
     from mmsplit.verbs.merge import MergeResult, merge
@@ -73,6 +74,7 @@ _HOMES = {
     ),
     "mmsplit.layers": ("Layer", "LayerMap", "build_layer_map"),
     "mmsplit.planning": ("Plan",),
+    "mmsplit.remote.source": ("HubOptions", "open_source"),
     "mmsplit.verbs.inspect": ("inspect",),
     "mmsplit.verbs.load": ("Partition", "PartitionSet", "open_partition", "open_set"),
     "mmsplit.verbs.merge": ("MergeResult", "merge"),

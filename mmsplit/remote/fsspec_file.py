@@ -70,12 +70,12 @@ class FsspecFile(RemoteFile):
     def stream(self, start: int, stop: int, go_on: GoOn = never_stop) -> Iterator[bytes]:
         """Yield exactly the bytes of [start, stop) in blocks of up to 8 MiB, each asked for again if it fails."""
         self._check_range(start, stop)
-        attempts = Attempts(self._location, self._limits, self._clock, self._traffic, go_on)
+        attempts = self._attempts(go_on)
         position = start
         while position < stop:
             go_on()
             try:
-                block = self._read_block(position, min(position + _BLOCK_BYTES, stop))
+                block = self._read_block(position, min(position + _BLOCK_BYTES, stop), go_on)
             except TransferInterrupted as interruption:
                 attempts.failed(interruption, position)
                 continue
@@ -83,7 +83,7 @@ class FsspecFile(RemoteFile):
             position += len(block)
             yield block
 
-    def _read_block(self, start: int, stop: int) -> bytes:
+    def _read_block(self, start: int, stop: int, go_on: GoOn) -> bytes:
         self._traffic.requested()
         try:
             block = bytes(self._files.cat_file(self._path, start=start, end=stop))
@@ -93,7 +93,7 @@ class FsspecFile(RemoteFile):
         if len(block) > stop - start:
             raise NetworkError("the fsspec package gives other bytes than asked for", path=self._location, offset=start)
         if len(block) < stop - start:
-            size = self._ask_size()
+            size = self._ask_size(go_on)
             if size != self._size:
                 raise SourceChangedError(
                     "the file on the server is not the one it was: another size",
@@ -104,20 +104,30 @@ class FsspecFile(RemoteFile):
             raise TransferInterrupted("fewer bytes came than asked for")
         return block
 
-    def _ask_size(self) -> int:
+    def _ask_size(self, go_on: GoOn = never_stop) -> int:
+        attempts = self._attempts(go_on)
+        while True:
+            go_on()
+            try:
+                info = self._ask_info()
+            except TransferInterrupted as interruption:
+                attempts.failed(interruption)
+                continue
+            size = info.get("size")
+            if info.get("type") != "file" or type(size) is not int:
+                raise RemoteNotFoundError("not a file", path=self._location, found=str(info.get("type")))
+            return size
+
+    def _ask_info(self) -> dict[str, Any]:
         self._traffic.requested()
         try:
-            self._files.invalidate_cache()
-            info = self._files.info(self._path)
+            self._files.invalidate_cache()  # some packages remember what they once listed
+            return dict(self._files.info(self._path))
         except Exception as error:
-            meaning = self._meaning_of(error)
-            if isinstance(meaning, MmsplitError):
-                raise meaning from None
-            raise NetworkError(meaning.reason, path=self._location, hint="Run the same command again.") from None
-        size = info.get("size")
-        if info.get("type") != "file" or type(size) is not int:
-            raise RemoteNotFoundError("not a file", path=self._location, found=str(info.get("type")))
-        return size
+            raise self._meaning_of(error) from None
+
+    def _attempts(self, go_on: GoOn) -> Attempts:
+        return Attempts(self._location, self._limits, self._clock, self._traffic, go_on)
 
     def _meaning_of(self, error: Exception) -> MmsplitError | TransferInterrupted:
         """Judge an exception of a package that may raise anything: what is not plain may be mended."""
@@ -137,9 +147,10 @@ class FsspecFile(RemoteFile):
 
 def _open_file_system(url: str, location: str) -> tuple[Any, str]:
     """Return fsspec's file system for an address, and the path in it."""
-    protocol = url.partition("://")[0].lower()
-    if "://" not in url or protocol in _NOT_FOR_FSSPEC:
-        raise RequestError("not an address for fsspec", path=location, hint="Give one such as s3://bucket/folder.")
+    refusal = RequestError("not an address for fsspec", path=location, hint="Give one such as s3://bucket/folder.")
+    protocol, separator, _ = url.partition("://")
+    if not separator or protocol.lower() in _NOT_FOR_FSSPEC:
+        raise refusal
     from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
     try:
@@ -156,6 +167,9 @@ def _open_file_system(url: str, location: str) -> tuple[Any, str]:
     except Exception as error:  # a package's own constructor: credentials, endpoints
         said = without_secrets(f"{type(error).__name__}: {error}")[:300]
         raise NetworkError(f"the fsspec package cannot be set up ({said})", path=location) from None
+    protocols = (files.protocol,) if isinstance(files.protocol, str) else files.protocol
+    if not set(protocols).isdisjoint(_NOT_FOR_FSSPEC):  # fsspec takes one letter before :// for a drive of this machine
+        raise refusal
     return files, path
 
 

@@ -16,7 +16,15 @@ from urllib.parse import urljoin, urlsplit
 
 import mmsplit
 from mmsplit.errors import MmsplitError, NetworkError
-from mmsplit.remote.failures import Asked, host_of, judge_client_settings, judge_error, judge_status
+from mmsplit.remote.failures import (
+    Asked,
+    host_of,
+    is_offline,
+    judge_client_settings,
+    judge_error,
+    judge_status,
+    offline_error,
+)
 from mmsplit.remote.patience import Attempts, Clock, Limits, TransferInterrupted
 from mmsplit.remote.remote_file import GoOn, never_stop
 from mmsplit.remote.transfer_log import Traffic
@@ -125,6 +133,8 @@ class HttpClient:
 
     @contextmanager
     def _send(self, url: str, asked: Asked, headers: dict[str, str]) -> Iterator[httpx.Response]:
+        if is_offline():  # the session refuses as well, unless somebody has set a factory for it
+            raise offline_error(asked)
         session = self._session()
         host = host_of(url)
         try:

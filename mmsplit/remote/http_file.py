@@ -149,7 +149,6 @@ class HttpFile(RemoteFile):
             raise self._changed("size", self._size, int(found[1]) if found else "less than asked for")
         is_redirected = response.request.url != self._url
         if is_redirected and status in _REFUSALS and "x-error-code" not in headers:
-            self._address = self._url
             host = _host(response)
             kind = AccessDeniedError if status in (401, 403) else RemoteNotFoundError
             raise TransferInterrupted(
@@ -169,10 +168,12 @@ class HttpFile(RemoteFile):
         headers = response.headers
         is_encoded = _is_encoded(headers)
         if response.status_code == 206:
+            if is_encoded:
+                raise TransferInterrupted(f"{_host(response)} sent a part of something compressed")
             found = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
             if found and found[3] != "*" and int(found[3]) != self._size:
                 raise self._changed("size", self._size, int(found[3]))
-            if not found or int(found[1]) != start or is_encoded:
+            if not found or int(found[1]) != start:
                 raise TransferInterrupted(f"{_host(response)} sent other bytes than those from {start:,} on")
             self._check_version(headers)
             return 0

@@ -251,7 +251,9 @@ class LocalFolder:
         return None
 
     def _write_note(self, file: HubFile) -> None:
-        ignored = self._notes / ".gitignore"
+        ignored, note = self._notes / ".gitignore", self._metadata(file)
+        note.parent.mkdir(parents=True, exist_ok=True)
         if not ignored.exists():
-            write_small_file(ignored, "*")
-        write_small_file(self._metadata(file), f"{self._commit}\n{file.etag}\n{time.time()}\n")
+            ignored.write_text("*", encoding="utf-8")
+        # In place: a note that is cut short is no note, and the file is hashed instead.
+        note.write_text(f"{self._commit}\n{file.etag}\n{time.time()}\n", encoding="utf-8")

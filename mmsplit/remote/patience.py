@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, NoReturn
 
 from mmsplit.errors import NetworkError
 from mmsplit.remote.remote_file import GoOn, never_stop
@@ -89,22 +90,21 @@ class Attempts:
         self._failure_count += 1
         asked = interruption.retry_after_seconds
         most = self._limits.failures if interruption.most_failures is None else interruption.most_failures
-        if self._failure_count >= most:
-            raise interruption.final_error or NetworkError(
-                f"{interruption.reason}; gave up after {self._failure_count} attempts",
-                path=self._where,
-                offset=offset,
-                hint="Run the same command again: it continues from what is there.",
-            )
         if asked is not None and asked > self._limits.longest_retry_after_seconds:
-            raise interruption.final_error or NetworkError(
-                f"{interruption.reason}; the server asks to wait {asked:,.0f} seconds",
-                path=self._where,
-                offset=offset,
-                hint="Run the same command again after that: it continues from what is there.",
-            )
+            self._give_up(interruption, f"; the server asks to wait {asked:,.0f} seconds", offset)
+        if self._failure_count >= most:
+            self._give_up(interruption, f"; gave up after {self._failure_count} attempts", offset)
         self._traffic.retried()
         self._pause(self._pause_seconds(asked))
+
+    def _give_up(self, interruption: TransferInterrupted, why: str, offset: int | None) -> NoReturn:
+        final = interruption.final_error or NetworkError(
+            interruption.reason + why,
+            path=self._where,
+            offset=offset,
+            hint="Run the same command again: it continues from what is there.",
+        )
+        raise final from None  # the interruption says nothing that the error does not
 
     def _pause_seconds(self, asked: float | None) -> float:
         limits = self._limits
@@ -115,11 +115,10 @@ class Attempts:
         return usual * (0.5 + 0.5 * self._clock.chance())
 
     def _pause(self, seconds: float) -> None:
-        for _ in range(int(seconds / _STEP_SECONDS)):
+        steps = math.ceil(seconds / _STEP_SECONDS)
+        for _ in range(steps):
             self._go_on()
-            self._clock.sleep(_STEP_SECONDS)
-        self._go_on()
-        self._clock.sleep(seconds % _STEP_SECONDS)
+            self._clock.sleep(seconds / steps)
         self._go_on()
 
 

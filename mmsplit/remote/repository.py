@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from mmsplit.errors import NetworkError, RemoteNotFoundError, RequestError
 from mmsplit.remote.address import is_repo_id
-from mmsplit.remote.failures import Asked, ask_hub, host_of, is_offline, network_errors, offline_error
+from mmsplit.remote.failures import Asked, ask_hub, host_of, network_errors
 from mmsplit.remote.http_client import HttpClient, not_a_hub
 from mmsplit.remote.http_file import Expected, HttpFile
 from mmsplit.remote.patience import Clock, Limits
@@ -135,8 +135,6 @@ def open_repository(
         raise RequestError("not a repository id", found=repr(repo_id), hint="Give org/name, as on the Hub's page")
     endpoint = hub_endpoint(endpoint)
     asked = ask_hub(endpoint, repo_id, revision)
-    if is_offline():
-        raise offline_error(asked)
     client = HttpClient(endpoint=endpoint, token=find_token(token, asked), traffic=traffic, limits=limits, clock=clock)
     commit = _resolve_commit(client, endpoint, asked, go_on)
     return HubRepository(

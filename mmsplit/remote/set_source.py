@@ -90,6 +90,8 @@ def open_set_source(
     Raises `RequestError` for what is no place, and the branches of `NetworkError` that `open_repository` raises.
     """
     hub = hub or HubOptions()
+    if source == "":
+        raise RequestError("no place is given", hint=_SPELLINGS)
     if isinstance(source, Path) or Path(source).exists() or source.startswith("~"):
         return _open_directory(Path(source).expanduser())
     folder = parse_hub_folder(source, hub_endpoint(hub.endpoint))

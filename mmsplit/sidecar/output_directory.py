@@ -107,8 +107,7 @@ class OutputDirectory:
                 hint="Use --resume to keep it, or --force to write it again.",
             )
         self.neighbours = there - wanted_there
-        if there:
-            self.small_files = None  # nobody recorded who wrote them
+        self.small_files = self._recorded_small_files()
         return "partitions" if there else "nothing"
 
     def _finished_partitions(self, identity: Mapping[str, object], ignored: Collection[str]) -> frozenset[int]:
@@ -292,7 +291,8 @@ class OutputDirectory:
                 return {entry.name: [entry.sha256] for entry in self._read_set_manifest().files}
         except OutputExistsError:
             return None
-        return {}
+        # Beside single partitions nobody recorded who wrote them.
+        return None if any(_part_id_of(name) is not None for name in os.listdir(self.path)) else {}
 
 
 def free_bytes(path: Path) -> int:

@@ -41,10 +41,23 @@ OUTSIDER_TOKEN = "hf_outsideroutsideroutsideroutsider02"
 #: short        Content-Length and body are `after_bytes` long, whatever was asked for
 #: ignore_range 200 and the whole file
 #: gzip         200 and the whole file, compressed
+#: gzip_range   206 and a range of the compressed file
 #: flip         one bit of each block is not what it was
 #: wrong_range  206 for a range that begins a byte late, says Content-Range
 #: no_length    200 and the whole file, which ends with the connection
-Kind = Literal["status", "drop", "reset", "stall", "short", "ignore_range", "gzip", "flip", "wrong_range", "no_length"]
+Kind = Literal[
+    "status",
+    "drop",
+    "reset",
+    "stall",
+    "short",
+    "ignore_range",
+    "gzip",
+    "gzip_range",
+    "flip",
+    "wrong_range",
+    "no_length",
+]
 
 
 @dataclass
@@ -244,6 +257,9 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             late = 1 if kind == "wrong_range" else 0
             said["Content-Range"] = f"bytes {start + late}-{stop - 1}/{size}"
+        if kind == "gzip_range" and status == 206:
+            compressed = gzip.compress(path.read_bytes())
+            said |= {"Content-Encoding": "gzip", "Content-Range": f"bytes {start}-{stop - 1}/{len(compressed)}"}
         body = b""
         if self.command != "HEAD":
             with path.open("rb") as file:

@@ -79,7 +79,7 @@ def test_what_may_be_an_id_does_not_look_like_a_path(text: str) -> None:
     assert not looks_like_path(text)
 
 
-@given(st.text(alphabet="aZ9_.-/é", min_size=1, max_size=12))
+@given(st.text(alphabet="aZ9_.-/", min_size=1, max_size=12))
 def test_no_id_passes_that_huggingface_hub_refuses(text: str) -> None:
     """With a namespace, the rules are the same in both directions."""
     try:

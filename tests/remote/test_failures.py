@@ -271,6 +271,9 @@ def test_no_proxy_is_obeyed(hub: LoopbackHub, dead_port: int, monkeypatch: pytes
     assert len(open_repository("org/model", endpoint=hub.endpoint).files) == 4
     assert proxy_of(hub.endpoint) is None
     assert proxy_of("http://elsewhere.example/x") == f"127.0.0.1:{dead_port}"
+    assert proxy_of("https://elsewhere.example/x") is None
+    monkeypatch.setenv("ALL_PROXY", "socks5://user:pa55word@socks.example:1080")
+    assert proxy_of("https://elsewhere.example/x") == "socks.example:1080"
 
 
 def test_a_proxy_setting_that_cannot_be_used_is_named(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +323,19 @@ def test_the_secrets_of_a_request_are_in_no_error_whatever_breaks(hub: LoopbackH
         told = "".join(traceback.format_exception(caught.value))
         assert MEMBER_TOKEN not in told
         assert "Signature" not in told
+        assert "During handling" not in told
         assert str(caught.value).startswith("org/private@")
+
+
+def test_a_token_that_cannot_be_sent_is_not_told(hub: LoopbackHub) -> None:
+    """A line end within: the client refuses it, and repeats it."""
+    token = "\n".join(("swordfish", "second"))  # a traceback shows this line
+    with pytest.raises(NetworkError, match="HF_TOKEN") as caught:
+        open_repository("org/model", token=token, endpoint=hub.endpoint)
+    assert "ordfish" not in "".join(traceback.format_exception_only(caught.value))
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+    assert hub.requests == []
 
 
 def test_what_might_be_mended_says_so() -> None:

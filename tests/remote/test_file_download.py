@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from conftest import CONFIG, WEIGHTS, FakeClock
+from loopback_fixtures import CONFIG, WEIGHTS, FakeClock
 from loopback_hub import Fault, LoopbackHub
 
 from mmsplit.errors import IntegrityError, NetworkError, NoSpaceError, OutputError

@@ -22,6 +22,7 @@ from mmsplit.remote import fsspec_file
 from mmsplit.remote.fsspec_file import FsspecFile
 from mmsplit.remote.http_file import HttpFile
 from mmsplit.remote.open_url import UrlFiles
+from mmsplit.remote.patience import Limits
 
 SIZE = len(WEIGHTS)
 URL = "memory://bucket/folder/model.bin"
@@ -81,6 +82,31 @@ def test_a_block_that_fails_is_asked_for_again(
     assert sum(fake_clock.pauses) == pytest.approx(0.25 + 0.5 + 1 + 2)
 
 
+def test_progress_forgets_failures(fake_clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two for each block are not too many for the file."""
+    file = FsspecFile(URL, clock=fake_clock.clock(), limits=Limits(failures=3))
+    results: list[object] = []
+    for start in range(0, SIZE, 300_000):
+        results += [OSError("reset"), OSError("reset"), WEIGHTS[start : start + 300_000]]
+    fail(monkeypatch, *results)
+    assert file.read(0, SIZE) == WEIGHTS
+
+
+def test_a_look_at_a_file_that_fails_is_repeated(fake_clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad moment at the beginning is like any other."""
+    real = MemoryFileSystem.info
+    ahead = [OSError("reset"), OSError("reset")]
+
+    def info(self: MemoryFileSystem, path: str) -> object:
+        if ahead:
+            raise ahead.pop()
+        return real(self, path)
+
+    monkeypatch.setattr(MemoryFileSystem, "info", info)
+    assert FsspecFile(URL, clock=fake_clock.clock()).size_bytes == SIZE
+    assert sum(fake_clock.pauses) == pytest.approx(0.25 + 0.5)
+
+
 FATAL: dict[str, tuple[object, type[Exception], str]] = {
     "gone": (FileNotFoundError("x"), RemoteNotFoundError, "no such file"),
     "denied": (PermissionError("for key=AKIA?sig at https://u:p@h/x?sig=s3cret"), AccessDeniedError, "credentials"),
@@ -131,7 +157,7 @@ def test_what_is_not_a_file_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["hf://org/name/file", "https://host/file", "file:///etc/passwd", "/etc/passwd", "x://y"]
+    "url", ["hf://org/name/file", "https://host/file", "file:///etc/passwd", "/etc/passwd", "c://x", "xyz://y"]
 )
 def test_what_is_not_fsspecs_does_not_go_there(url: str) -> None:
     """fsspec would fetch a whole file of the Hub for each range."""

@@ -6,7 +6,9 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import huggingface_hub
 import pytest
+from huggingface_hub.utils import httpx
 from loopback_fixtures import WEIGHTS, FakeClock
 from loopback_hub import MEMBER_TOKEN, Fault, Kind, LoopbackHub
 
@@ -80,6 +82,7 @@ MENDED: dict[str, tuple[Kind, int, int]] = {
     "another range": ("wrong_range", 0, 0),
     "ignored range": ("ignore_range", 0, 50_000),
     "compressed": ("gzip", 0, 50_000),
+    "compressed range": ("gzip_range", 0, 0),
     "no length": ("no_length", 0, 50_000),
 }
 
@@ -188,9 +191,19 @@ def test_a_cdn_that_goes_on_refusing_is_not_asked_for_ever(hub: LoopbackHub, fil
 
 def test_an_address_that_brings_nothing_is_asked_for_anew(hub: LoopbackHub, file: HttpFile) -> None:
     """The next way may lead to a server that works."""
+    file.read(0, 1)
     hub.faults.append(Fault("status", "cdn GET *", times=3, status=503))
     assert file.read(0, 1) == WEIGHTS[:1]
     assert len(hub.requests_to("hub")) == 4
+
+
+def test_what_the_hub_itself_refuses_after_a_redirect_is_final(hub: LoopbackHub, fake_clock: FakeClock) -> None:
+    """It is no signature that expired."""
+    hub.renamed["org/old"] = "org/gated"
+    repository = open_repository("org/old", endpoint=hub.endpoint, clock=fake_clock.clock())
+    with pytest.raises(AccessDeniedError, match="gated"):
+        repository.open_file("model.safetensors").read(0, 1)
+    assert fake_clock.pauses == []
 
 
 def test_redirects_in_a_circle_end(hub: LoopbackHub, client: HttpClient) -> None:
@@ -290,6 +303,25 @@ def test_no_token_is_sent_to_any_address(hub: LoopbackHub, monkeypatch: pytest.M
     monkeypatch.setenv("HF_TOKEN", MEMBER_TOKEN)
     HttpFile(HttpClient(token=MEMBER_TOKEN), hub.static_url("model.bin")).read(0, 1)
     assert [request.authorization for request in hub.requests] == [None, None]
+    assert "Authorization" not in HttpClient(token=MEMBER_TOKEN)._headers("https://huggingface.co/x", {})
+
+
+def test_the_token_may_go_to_the_hub_behind_a_mirror_and_nowhere_else() -> None:
+    """Scheme, host and port must be the Hub's or the mirror's."""
+    client = HttpClient(endpoint="http://mirror:8080/hub", token=MEMBER_TOKEN)
+    for url, expected in {
+        "http://mirror:8080/x": True,
+        "http://MIRROR:8080/x": True,
+        "https://huggingface.co/x": True,
+        "https://huggingface.co:443/x": True,
+        "http://huggingface.co/x": False,
+        "https://huggingface.co:444/x": False,
+        "https://cdn.huggingface.co/x": False,
+        "https://huggingface.co@elsewhere.example/x": False,
+        "https://mirror:8080/x": False,
+        "http://mirror/x": False,
+    }.items():
+        assert ("Authorization" in client._headers(url, {})) == expected, url
 
 
 def test_secrets_of_an_address_are_used_and_not_told(hub: LoopbackHub, client: HttpClient) -> None:
@@ -368,6 +400,23 @@ def test_go_on_ends_a_pause(hub: LoopbackHub, file: HttpFile, fake_clock: FakeCl
     with pytest.raises(Enough):
         file.read(0, SIZE, go_on)
     assert sum(fake_clock.pauses) < 1.5
+
+
+@pytest.mark.parametrize("fault", [None, Fault("status", "cdn *", status=403), Fault("wrong_range", "cdn *")])
+def test_every_answer_is_closed(
+    hub: LoopbackHub, file: HttpFile, fault: Fault | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that redirect, those that fail, and one whose stream is closed early: connections are few."""
+    answers: list[httpx.Response] = []
+    client = httpx.Client(event_hooks={"response": [answers.append]})
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: client)
+    if fault:
+        hub.faults.append(fault)
+    with client:
+        stream = file.stream(0, SIZE)
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        assert [answer.is_closed for answer in answers] == [True] * (4 if fault else 2)
 
 
 def test_a_stream_that_is_closed_early_gives_its_connection_back(hub: LoopbackHub, file: HttpFile) -> None:

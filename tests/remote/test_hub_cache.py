@@ -10,12 +10,13 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from conftest import CONFIG, WEIGHTS
 from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
+from loopback_fixtures import CONFIG, WEIGHTS
 from loopback_hub import LoopbackHub
 
 from mmsplit.errors import OutputError, OutputExistsError
+from mmsplit.remote import downloader
 from mmsplit.remote.downloader import Downloader, Fetched, Presence
 from mmsplit.remote.hub_cache import HubCache, LocalFolder, default_cache_dir
 from mmsplit.remote.repository import HubRepository, open_repository
@@ -374,6 +375,23 @@ def test_a_file_that_may_be_somebodys_work_is_not_replaced(
     assert config.read_bytes() == b'{"model_type": "mine!"}'
     Downloader(repository, LocalFolder(repository, folder, force=True)).fetch("config.json")
     assert config.read_bytes() == CONFIG
+
+
+def test_bytes_that_nobody_vouches_for_are_hashed_whatever_their_length(
+    repository: HubRepository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large file of the right length that was put there by hand; and a note that was cut short is no note."""
+    monkeypatch.setattr(downloader, "_SMALL_BYTES", 0)
+    place = LocalFolder(repository, tmp_path / "model")
+    place.root.mkdir()
+    (place.root / SHARD).write_bytes(WEIGHTS[::-1])
+    assert Downloader(repository, place).look(SHARD).presence is Presence.WRONG
+    (place.root / SHARD).write_bytes(WEIGHTS)
+    Downloader(repository, place).fetch(SHARD)
+    note = place.lock(repository.file(SHARD)).with_name(f"{SHARD}.metadata")
+    note.write_text(note.read_text()[:60])
+    assert not place.is_vouched_for(repository.file(SHARD))
+    assert Downloader(repository, place).look(SHARD).presence is Presence.PRESENT
 
 
 def test_partial_files_of_a_folder_lie_beside_its_notes(repository: HubRepository, tmp_path: Path) -> None:

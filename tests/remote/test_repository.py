@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import httpx
 from loopback_fixtures import CONFIG, WEIGHTS, FakeClock, use_endpoint
 from loopback_hub import MEMBER_TOKEN, OUTSIDER_TOKEN, Fault, LoopbackHub
 
@@ -59,6 +60,15 @@ def test_opening_costs_two_requests_and_uses_only_the_commit_from_then_on(hub: L
     assert all(repository.commit in request.path for request in others)
     assert len(others) == 3  # the listing; the file, by way of one redirect
     assert repository.traffic.snapshot().request_count == len(hub.requests)
+
+
+def test_a_branch_may_have_a_slash_in_its_name(hub: LoopbackHub) -> None:
+    """refs/pr/7 is one."""
+    stored = hub.repositories["org/model"]
+    first = stored.branches["main"]
+    hub.move_main("org/model", {"new.bin": b"new"})
+    stored.branches["refs/pr/7"] = first
+    assert opened(hub, revision="refs/pr/7").commit == first
 
 
 def test_a_branch_that_moves_meanwhile_changes_nothing(hub: LoopbackHub) -> None:
@@ -187,6 +197,8 @@ def test_offline_says_which_variable_forbids_it(hub: LoopbackHub, monkeypatch: p
     repository = opened(hub)
     hub.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    client = httpx.Client()  # as of a factory of the user's, that knows nothing of the variable
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: client)
     for attempt in (lambda: opened(hub), lambda: repository.read_file("config.json", 100)):
         with pytest.raises(OfflineError, match="HF_HUB_OFFLINE"):
             attempt()
