@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "mmsplit"
 
 #: Rooms from the top down.  A module may import from rooms above its own; within a room, from files listed earlier.
 HOUSE = {
-    "foundation": ["errors", "dtypes", "workers"],
+    "foundation": ["errors", "dtypes", "workers", "queues"],
     "checkpoint": [
         "tensor",
         "header",
@@ -26,6 +26,7 @@ HOUSE = {
         "torch_legacy",
         "torch_file",
         "file_reader",
+        "prefetcher",
         "storage",
         "reader_pool",
         "local_storage",
@@ -49,7 +50,6 @@ HOUSE = {
         "repository",
         "range_fetcher",
         "hub_storage",
-        "source",
         "set_source",
         "push_target",
         "disk",
@@ -58,6 +58,8 @@ HOUSE = {
         "hub_cache",
         "downloader",
         "choose_files",
+        "cached_storage",
+        "source",
     ],
     "layers": ["layer", "rules", "naming", "stacks", "ordering", "crosscheck", "build"],
     "planning": [
@@ -87,6 +89,7 @@ HOUSE = {
         "set_manifest",
         "output_files",
         "partition_reader",
+        "chunk_loader",
         "payload_file",
         "payload_writer",
         "repeated_chunks",
@@ -105,6 +108,7 @@ HOUSE = {
     ],
     "splitting": ["partition_run", "slot_jobs", "stored_shards", "same_weights", "split_run"],
     "verbs": ["plan", "split", "verify", "merge", "load", "inspect", "download", "pull", "push"],
+    "hub_model": [],
     "synthetic": [],
     "benchmark": ["rates", "sample", "bench"],
     "cli": [

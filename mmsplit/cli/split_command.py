@@ -47,6 +47,11 @@ from mmsplit.verbs.split import SplitResult, split
     metavar="ORG/NAME",
     help="The model on the Hub, in place of SOURCE; with a path as SOURCE, the id for the manifests.",
 )
+@click.option(
+    "--keep-source",
+    is_flag=True,
+    help="Download the shards to the Hub cache, and keep them; each is split as soon as it is there.",
+)
 @hub_options
 @work_options
 @json_option
@@ -65,6 +70,7 @@ def split_command(
     force: bool,
     buffered: bool,
     no_source_sha256: bool,
+    keep_source: bool,
     model_id: str | None,
     revision: str | None,
     cache_dir: Path | None,
@@ -101,7 +107,7 @@ def split_command(
             source_sha256=not no_source_sha256,
             model_id=model_id if source else None,
             revision=revision,
-            hub=hub_of(revision, cache_dir, token, connections),
+            hub=hub_of(revision, cache_dir, token, connections)._replace(keep_source=keep_source),
             allow_unknown_dtypes=allow_unknown_dtypes,
             progress=progress,
         )

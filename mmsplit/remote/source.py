@@ -9,6 +9,7 @@ from mmsplit.checkpoint import Checkpoint, LocalStorage, choose_checkpoint_files
 from mmsplit.checkpoint.directory import CheckpointFiles
 from mmsplit.errors import OfflineError, RequestError
 from mmsplit.remote.address import HubAddress, parse_hub_address
+from mmsplit.remote.cached_storage import CachedHubStorage
 from mmsplit.remote.hub_storage import DEFAULT_CONNECTIONS, HubStorage
 from mmsplit.remote.repository import cached_snapshot, hub_endpoint, open_repository
 
@@ -17,7 +18,8 @@ class HubOptions(NamedTuple):
     """How to reach the Hub; what is None is found as huggingface_hub finds it, in the environment.
 
     `revision` is a branch, a tag or a commit; `token` False sends none; `endpoint` is the address of a mirror;
-    `connections` is how many ranges are fetched at once, 16 MiB of memory each.
+    `connections` is how many ranges are fetched at once, 16 MiB of memory each.  With `keep_source` whole shards are
+    downloaded to the cache (`cache_dir`), and stay there; otherwise ranges are fetched, and nothing is kept.
     """
 
     revision: str | None = None
@@ -25,6 +27,7 @@ class HubOptions(NamedTuple):
     cache_dir: str | Path | None = None
     endpoint: str | None = None
     connections: int = DEFAULT_CONNECTIONS
+    keep_source: bool = False
 
     def __repr__(self) -> str:
         return f"HubOptions({self.revision!r}, token={'…' if isinstance(self.token, str) else self.token!r})"
@@ -72,7 +75,11 @@ def _open_on_hub(address: HubAddress, hub: HubOptions, allow_unknown_dtypes: boo
         if snapshot is None:
             raise
         return open_checkpoint(snapshot, allow_unknown_dtypes=allow_unknown_dtypes)
-    storage = HubStorage(repository, hub.connections)
+    storage = (
+        CachedHubStorage(repository, hub.cache_dir, hub.connections)
+        if hub.keep_source
+        else HubStorage(repository, hub.connections)
+    )
     files = choose_checkpoint_files(storage)
     snapshot = cached_snapshot(address.repo_id, repository.commit, hub.cache_dir)
     if snapshot is not None and _holds(snapshot, files):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import CAUSAL_CONFIG, MIB, Weight, write_checkpoint
+from huggingface_hub import hf_hub_download
 from loopback_hub import Fault, LoopbackHub
 
 import mmsplit
@@ -92,6 +93,49 @@ def test_the_same_set_as_from_disk(
     merged = tmp_path / "merged"
     mmsplit.merge(tmp_path / "out", merged)
     assert tree(merged) == tree(model)
+
+
+@pytest.mark.parametrize("only", [None, [1]])
+def test_through_the_cache(
+    model: Path,
+    hub: LoopbackHub,
+    options: HubOptions,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    only: list[int] | None,
+) -> None:
+    """With keep_source whole shards are downloaded, those that are needed, and huggingface_hub finds them there."""
+    kept = options._replace(keep_source=True)
+    mmsplit.split(ID, tmp_path / "out", 3, only=only, hub=kept)
+    made = tree(tmp_path / "out")
+    assert made == (expected if only is None else {name: expected[name] for name in made})
+    shards = sorted(path.name for path in (tmp_path / "cache").rglob("snapshots/*/*.safetensors"))
+    assert set(shards) <= {path.name for path in model.glob("*.safetensors")}
+    assert len(shards) == 3 if only is None else 0 < len(shards) < 3
+    for name in shards:
+        commit = mmsplit.open_source(ID, options).revision
+        found = hf_hub_download(ID, name, revision=commit, cache_dir=options.cache_dir, local_files_only=True)
+        assert Path(found).read_bytes() == (model / name).read_bytes()
+    hub.clear()
+    mmsplit.split(ID, tmp_path / "again", 3, only=only, hub=kept)
+    assert tree(tmp_path / "again") == made
+    assert sum(request.sent_bytes for request in hub.requests_to("cdn")) < MIB
+
+
+def test_through_the_cache_over_faults(
+    hub: LoopbackHub, options: HubOptions, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A flipped bit is found on arrival, and the file fetched anew; a network that stays away is one error."""
+    kept = options._replace(keep_source=True)
+    checkpoint = mmsplit.open_source(ID, kept)
+    hub.faults.append(Fault("flip", match="cdn GET *", times=1))
+    mmsplit.split(checkpoint, tmp_path / "out", 3)
+    assert tree(tmp_path / "out") == expected
+    checkpoint = mmsplit.open_source(ID, kept._replace(cache_dir=tmp_path / "other"))
+    hub.faults.append(Fault("status", match="cdn GET *", status=404, times=-1))
+    hub.faults.append(Fault("status", match="hub GET *safetensors*", status=404, times=-1))
+    with pytest.raises(NetworkError):
+        mmsplit.split(checkpoint, tmp_path / "away", 3)
 
 
 @pytest.mark.parametrize("part_id", [0, 1, 2])
