@@ -50,8 +50,6 @@ HOUSE = {
         "repository",
         "range_fetcher",
         "hub_storage",
-        "set_source",
-        "push_target",
         "disk",
         "content_hash",
         "file_download",
@@ -60,6 +58,8 @@ HOUSE = {
         "choose_files",
         "cached_storage",
         "source",
+        "set_source",
+        "push_target",
     ],
     "layers": ["layer", "rules", "naming", "stacks", "ordering", "crosscheck", "build"],
     "planning": [

@@ -23,7 +23,7 @@ from mmsplit.remote.remote_file import RemoteFile
 from mmsplit.workers import Stopped, WorkerGroup
 
 #: A request asks for this much at most.  Each connection has a buffer of this size, and there are two more.
-REQUEST_BYTES: Final = 16 << 20
+REQUEST_BYTES: Final = 8 << 20
 #: Bytes that nobody asked for, but that cost less than a request of their own.
 _GAP_BYTES: Final = 64 << 10
 _SPARE_BUFFERS: Final = 2

@@ -18,7 +18,7 @@ class HubOptions(NamedTuple):
     """How to reach the Hub; what is None is found as huggingface_hub finds it, in the environment.
 
     `revision` is a branch, a tag or a commit; `token` False sends none; `endpoint` is the address of a mirror;
-    `connections` is how many ranges are fetched at once, 16 MiB of memory each.  With `keep_source` whole shards are
+    `connections` is how many ranges are fetched at once, 8 MiB of memory each.  With `keep_source` whole shards are
     downloaded to the cache (`cache_dir`), and stay there; otherwise ranges are fetched, and nothing is kept.
     """
 
