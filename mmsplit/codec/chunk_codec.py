@@ -21,7 +21,7 @@ from typing import Final, Literal, NamedTuple, get_args
 import numpy as np
 import zstandard
 
-from mmsplit.codec.word import LAYOUTS, Bytes, WordLayout, WordSplitter, layout_for
+from mmsplit.codec.word import LAYOUTS, Bytes, WordLayout, WordSplitter, is_zeros, layout_for
 from mmsplit.errors import IntegrityError
 
 CodecName = Literal["planes", "zstd", "raw"]
@@ -62,9 +62,26 @@ class _Compressor:
 
     def __init__(self, parameters: zstandard.ZstdCompressionParameters) -> None:
         self._context = zstandard.ZstdCompressor(compression_params=parameters)
+        #: How many zeros were compressed last, and their frame.
+        self._zeros = (0, b"")
 
     def into(self, data: Bytes, out: memoryview) -> int | None:
         """Compress into `out`; return the length, or None if it does not fit."""
+        if not is_zeros(data):
+            return self._frame_into(data, out)
+        # Most planes are equally long, and so are the frames of those that hold nothing.
+        count, frame = self._zeros
+        if count != len(data):
+            length = self._frame_into(data, out)
+            if length is not None:
+                self._zeros = (len(data), bytes(out[:length]))
+            return length
+        if len(frame) > len(out):
+            return None
+        out[: len(frame)] = frame
+        return len(frame)
+
+    def _frame_into(self, data: Bytes, out: memoryview) -> int | None:
         done = 0
         with self._context.stream_reader(data.data, size=data.nbytes) as reader:
             while done < len(out):
@@ -138,14 +155,16 @@ class ChunkEncoder:
         entries: list[tuple[int, int]] = [(0, 0)] * layout.word_bytes
         for plane, compress in enumerate(worth):
             if compress:
-                planes.append(self._scratch[plane * count : (plane + 1) * count])
+                # Bytes have one plane: it is the chunk.
+                planes.append(data if layout.word_bytes == 1 else self._scratch[plane * count : (plane + 1) * count])
             else:
                 if position + count > len(out):
                     return None
                 planes.append(target[position : position + count])
                 entries[plane] = (count, position)
                 position = self._pad(target, position + count)
-        self._splitter.split(data, layout, planes)
+        if layout.word_bytes > 1:
+            self._splitter.split(data, layout, planes)
         for plane, compress in enumerate(worth):
             if not compress:
                 continue
@@ -217,7 +236,8 @@ class ChunkDecoder:
         count, rest = divmod(len(out), layout.word_bytes)
         if rest or len(stored) < _aligned(_ENTRY.size * layout.word_bytes):
             raise IntegrityError("planes chunk is too short, or holds no whole words")
-        if len(self._scratch) < len(out):
+        raw = np.frombuffer(out, np.uint8)
+        if layout.word_bytes > 1 and len(self._scratch) < len(out):
             self._scratch = np.empty(len(out), np.uint8)
         planes: list[Bytes] = []
         for plane in range(layout.word_bytes):
@@ -227,14 +247,15 @@ class ChunkDecoder:
                 raise IntegrityError(f"plane {plane} reaches past its chunk", expected=len(stored), found=offset + size)
             piece = stored[offset : offset + size]
             if length & _ZSTD_BIT:
-                scratch = self._scratch[plane * count : (plane + 1) * count]
-                self._decompress(piece, scratch.data)
-                planes.append(scratch)
+                target = raw if layout.word_bytes == 1 else self._scratch[plane * count : (plane + 1) * count]
+                self._decompress(piece, target.data)
+                planes.append(target)
             elif size == count:
                 planes.append(np.frombuffer(piece, np.uint8))
             else:
                 raise IntegrityError(f"plane {plane} has another length", expected=count, found=size)
-        self._splitter.merge(planes, layout, np.frombuffer(out, np.uint8))
+        if planes[0] is not raw:
+            self._splitter.merge(planes, layout, raw)
 
     def _decompress(self, frame: memoryview, out: memoryview) -> None:
         try:

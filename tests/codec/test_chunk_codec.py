@@ -176,6 +176,22 @@ def test_output_does_not_depend_on_what_the_context_did_before(codec: CodecName)
         assert used[: first.stored_bytes] == fresh[: second.stored_bytes]
 
 
+def test_frame_of_zeros_is_the_one_zstd_makes_whatever_came_before() -> None:
+    """The encoder keeps it for the next plane of zeros: where there is room, where there is none, for other lengths."""
+    full = np.zeros((32, 8), np.uint8)
+    full[:, :6] = np.frombuffer(noise(192), np.uint8).reshape(
+        32, 6
+    )  # after six planes of noise two of zeros do not fit
+    chunks = [bytes(256), full.tobytes(), bytes(512), bytes(512), bytes(4096), full.tobytes()]
+    for codec in ("planes", "zstd"):
+        encoder = ChunkEncoder(codec, MAX)
+        for data in chunks:
+            used, fresh = bytearray(len(data)), bytearray(len(data))
+            first = encoder.encode(memoryview(data), "I64", memoryview(used))
+            second = ChunkEncoder(codec, MAX).encode(memoryview(data), "I64", memoryview(fresh))
+            assert (first, used[: first.stored_bytes]) == (second, fresh[: second.stored_bytes])
+
+
 def test_layout_of_an_encoded_chunk_is_the_documented_one() -> None:
     """Prologue, flags, alignment and zeros between: read here without the decoder."""
     data = gaussian("bfloat16", 5001)
@@ -302,6 +318,12 @@ def test_overlapping_planes_are_read_as_they_lie() -> None:
     """They harm nobody: every range is inside the chunk and every plane has its length."""
     stored = planes((8, 16), (8, 16), rest=bytes(range(8)))
     assert decode(stored, Encoded(PLANES, 1, len(stored)), 16) == bytes(byte for byte in range(8) for _ in range(2))
+
+
+def test_bytes_in_a_plane_that_is_not_compressed_are_read() -> None:
+    """No encoder writes it, since raw is shorter; the format allows it."""
+    stored = planes((16, 16), rest=bytes(8) + bytes(range(16)))
+    assert decode(stored, Encoded(PLANES, 0, len(stored)), 16) == bytes(range(16))
 
 
 @given(
