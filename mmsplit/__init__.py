@@ -7,6 +7,12 @@
     open_partition(path)                 a mapping of tensor names to numpy arrays
     open_set(path), open_checkpoint(path), inspect(path)
 
+A source may be a model of the Hub (`org/name`), reached as `hub=HubOptions(...)` says.
+
+    download(model_id)                   into the Hub cache or a folder, resumed and verified
+    pull(source, output), push(path, target)    get and publish partition sets
+    HubModel(model_id)                   one model at one commit: download, plan, split, and their async variants
+
 Names are imported when they are first used, so that `import mmsplit` costs next to nothing.
 """
 
@@ -19,6 +25,7 @@ if TYPE_CHECKING:
     from mmsplit.benchmark.bench import BenchResult, bench
     from mmsplit.checkpoint import Checkpoint, TensorInfo, open_checkpoint
     from mmsplit.errors import (
+        AccessDeniedError,
         CheckpointError,
         FormatError,
         HeaderError,
@@ -30,20 +37,27 @@ if TYPE_CHECKING:
         MmsplitError,
         NetworkError,
         NoSpaceError,
+        OfflineError,
         OutputError,
         OutputExistsError,
         OutputLockedError,
         PlanError,
+        RemoteNotFoundError,
         RequestError,
         SourceChangedError,
+        TorchFileError,
     )
+    from mmsplit.hub_model import HubModel
     from mmsplit.layers import Layer, LayerMap, build_layer_map
     from mmsplit.planning import Plan
     from mmsplit.remote.source import HubOptions, open_source
+    from mmsplit.verbs.download import DownloadResult, download
     from mmsplit.verbs.inspect import inspect
     from mmsplit.verbs.load import Partition, PartitionSet, open_partition, open_set
     from mmsplit.verbs.merge import MergeResult, merge
     from mmsplit.verbs.plan import plan
+    from mmsplit.verbs.pull import PullResult, pull
+    from mmsplit.verbs.push import PushResult, push
     from mmsplit.verbs.split import SplitResult, split
     from mmsplit.verbs.verify import VerifyResult, verify
     from mmsplit.workers import Progress
@@ -54,6 +68,7 @@ _HOMES = {
     "mmsplit.benchmark.bench": ("BenchResult", "bench"),
     "mmsplit.checkpoint": ("Checkpoint", "TensorInfo", "open_checkpoint"),
     "mmsplit.errors": (
+        "AccessDeniedError",
         "CheckpointError",
         "FormatError",
         "HeaderError",
@@ -65,20 +80,27 @@ _HOMES = {
         "MmsplitError",
         "NetworkError",
         "NoSpaceError",
+        "OfflineError",
         "OutputError",
         "OutputExistsError",
         "OutputLockedError",
         "PlanError",
+        "RemoteNotFoundError",
         "RequestError",
         "SourceChangedError",
+        "TorchFileError",
     ),
+    "mmsplit.hub_model": ("HubModel",),
     "mmsplit.layers": ("Layer", "LayerMap", "build_layer_map"),
     "mmsplit.planning": ("Plan",),
     "mmsplit.remote.source": ("HubOptions", "open_source"),
+    "mmsplit.verbs.download": ("DownloadResult", "download"),
     "mmsplit.verbs.inspect": ("inspect",),
     "mmsplit.verbs.load": ("Partition", "PartitionSet", "open_partition", "open_set"),
     "mmsplit.verbs.merge": ("MergeResult", "merge"),
     "mmsplit.verbs.plan": ("plan",),
+    "mmsplit.verbs.pull": ("PullResult", "pull"),
+    "mmsplit.verbs.push": ("PushResult", "push"),
     "mmsplit.verbs.split": ("SplitResult", "split"),
     "mmsplit.verbs.verify": ("VerifyResult", "verify"),
     "mmsplit.workers": ("Progress",),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -16,7 +18,8 @@ from mmsplit.cli.app import app
 from mmsplit.synthetic import write_synthetic_checkpoint
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/usage.md", "docs/python.md")
+SHOWING_COMMANDS = ("README.md", "docs/usage.md", "docs/larger-than-disk.md")
+DOCUMENTS = (*SHOWING_COMMANDS, "docs/python.md", "docs/architecture.md", "docs/errors.md")
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +30,33 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def environment(workplace: Path) -> Iterator[dict[str, str]]:
+    """Variables of a process for which the Hub is one on loopback that has the documents' model, and takes uploads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "tests" / "remote")
+        from loopback_hub import MEMBER_TOKEN
+        from upload_hub import UploadHub
+    (workplace / "hub" / "org").mkdir(parents=True)
+    (workplace / "hub" / "org" / "llama-250m").symlink_to(workplace / "Llama-3.2-1B")
+    with UploadHub(workplace / "hub") as hub:
+        yield {
+            **os.environ,
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(workplace / "home"),
+            "HF_TOKEN": MEMBER_TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+
+
 def _commands(document: str) -> list[str]:
     blocks = re.findall(r"```console\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     return re.findall(r"^ *\$ (mmsplit .*)$", "\n".join(blocks), re.MULTILINE)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/usage.md"])
-def test_every_command_shown_runs(document: str, workplace: Path) -> None:
+@pytest.mark.parametrize("document", SHOWING_COMMANDS)
+def test_every_command_shown_runs(document: str, workplace: Path, environment: dict[str, str]) -> None:
     """The commands of a document, run one after the other, all succeed."""
     place = workplace / document.replace("/", "-")
     place.mkdir()
@@ -42,20 +65,19 @@ def test_every_command_shown_runs(document: str, workplace: Path) -> None:
     assert commands
     for command in commands:
         words = [sys.executable, "-m", *command.split()]
-        result = subprocess.run(words, cwd=place, capture_output=True, text=True, check=False)
+        result = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, f"{command}\n{result.stderr}"
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/python.md"])
-def test_python_examples_run(document: str, workplace: Path) -> None:
+def test_python_examples_run(document: str, workplace: Path, environment: dict[str, str]) -> None:
     """The Python blocks of a document, run as one program, end without an error."""
     place = workplace / f"python-{document.replace('/', '-')}"
     place.mkdir()
     (place / "Llama-3.2-1B").symlink_to(workplace / "Llama-3.2-1B")
     program = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL))
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program], cwd=place, capture_output=True, text=True, check=False
-    )
+    words = [sys.executable, "-W", "error", "-c", program]
+    result = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 
@@ -79,7 +101,7 @@ def test_every_error_is_documented() -> None:
             assert any(f"`{value.__name__}`" in line and line.startswith(f"| {value.exit_code} ") for line in lines)
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/architecture.md", "docs/errors.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document: str) -> None:
     """Every relative link of a document names a file that is there."""
     path = ROOT / document
