@@ -74,14 +74,17 @@ def _is_revision(text: str) -> bool:
 
 
 def _parse_url(text: str, endpoint: str) -> HubAddress | None:
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError:  # brackets that are no IPv6 address
+        return None
     base = urlsplit(endpoint)
     path = parts.path
     if parts.netloc == base.netloc:
         if not path.startswith(f"{base.path.rstrip('/')}/"):
             return None
         path = path[len(base.path.rstrip("/")) :]
-    elif (parts.hostname or "") not in _HUB_HOSTS:
+    elif parts.netloc.lower() not in _HUB_HOSTS:
         return None
     folders = path.strip("/").split("/")
     if len(folders) == 2:

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from mmsplit.errors import (
     AccessDeniedError,
@@ -262,11 +261,16 @@ def is_offline() -> bool:
 
 def host_of(url: str) -> str:
     """Return host and port of an address, without user and password."""
-    return urlsplit(url).netloc.rpartition("@")[2] or without_secrets(url)
+    try:
+        return urlsplit(url).netloc.rpartition("@")[2] or without_secrets(url)
+    except ValueError:  # no address; the client will say so
+        return without_secrets(url)
 
 
 def proxy_of(url: str) -> str | None:
     """Return host and port of the proxy that the environment sets for an address; None for a direct connection."""
+    from urllib.request import getproxies, proxy_bypass  # slow to import, and needed for errors only
+
     parts = urlsplit(url)
     proxies = getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")

@@ -85,8 +85,14 @@ class HttpClient:
                 if not response.has_redirect_location:
                     yield response
                     return
-                url = urljoin(url, response.headers["Location"])
+                url = self._redirected(url, response.headers["Location"], asked)
         raise NetworkError("redirected without end", path=asked.place, found=f"{_MOST_REDIRECTS} redirects")
+
+    def _redirected(self, url: str, location: str, asked: Asked) -> str:
+        try:
+            return urljoin(url, location)
+        except ValueError:
+            raise NetworkError(f"{host_of(url)} redirects to what is no address", path=asked.place) from None
 
     def check(self, response: httpx.Response, asked: Asked) -> None:
         """Raise what an answer means that is not 200 or 206."""
@@ -195,5 +201,9 @@ def not_a_hub(asked: Asked, host: str, found: str) -> NetworkError:
 
 
 def _origin(url: str) -> Origin:
-    parts = urlsplit(url)
-    return parts.scheme, (parts.hostname or "").lower(), parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
+    try:
+        parts = urlsplit(url)
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
+        return parts.scheme, (parts.hostname or "").lower(), port
+    except ValueError:  # no address, and no origin of anything
+        return "", "", -1

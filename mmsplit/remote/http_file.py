@@ -60,7 +60,7 @@ class HttpFile(RemoteFile):
         asked: Asked | None = None,
         expected: Expected | None = None,
     ) -> None:
-        if urlsplit(url).scheme.lower() not in ("http", "https"):
+        if not is_http_address(url):
             raise RequestError("not an HTTP address", path=without_secrets(url))
         self._client = client
         self._url = url
@@ -247,6 +247,15 @@ class HttpFile(RemoteFile):
             found=found,
             hint="Run again; where the source has revisions, name a commit.",
         )
+
+
+def is_http_address(url: str) -> bool:
+    """Return whether `url` is an address with a host that HTTP can be spoken with."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that are no IPv6 address, a port that is no number
+        return False
 
 
 def _host(response: httpx.Response) -> str:

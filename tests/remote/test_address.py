@@ -49,7 +49,14 @@ NEITHER = (
     *("datasets/name", "spaces/org", "hf://datasets/org/name", "hf://org", "hf://org/name/file", "s3://org/name"),
     *("https://example.com/org/name", "https://huggingface.co/org", "https://huggingface.co/datasets/org/name"),
     *("https://huggingface.co/org/name/blob/main/config.json", "https://huggingface.co/org/name/tree/main/sub"),
-    *("https://huggingface.co/docs/hub", "http://mirror:8080/org/name", "http://mirror:8080/hubs/org/name"),
+    *(
+        "https://[x",
+        "https://huggingface.co:x/org/name",
+        "https://",
+        "https://huggingface.co/docs/hub",
+        "http://mirror:8080/org/name",
+        "http://mirror:8080/hubs/org/name",
+    ),
 )
 
 

@@ -338,7 +338,18 @@ def test_secrets_of_an_address_are_used_and_not_told(hub: LoopbackHub, client: H
         assert "s3cret" not in told
 
 
-@pytest.mark.parametrize("url", ["ftp://host/file", "/etc/passwd", "file:///etc/passwd", "s3://bucket/file?sig=x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://host/file",
+        "/etc/passwd",
+        "file:///etc/passwd",
+        "s3://bucket/file?sig=x",
+        "http://[::1/x",
+        "http://",
+        "http://host:port/x",
+    ],
+)
 def test_only_http_is_spoken(client: HttpClient, url: str) -> None:
     """Whatever else there is."""
     with pytest.raises(RequestError, match="not an HTTP address") as caught:
@@ -348,9 +359,11 @@ def test_only_http_is_spoken(client: HttpClient, url: str) -> None:
 
 def test_a_redirect_to_another_protocol_is_an_error(hub: LoopbackHub, client: HttpClient) -> None:
     """Nothing on this machine is read because a server says so."""
-    hub.faults.append(Fault("status", times=-1, status=302, headers={"Location": "file:///etc/passwd"}))
-    with pytest.raises(NetworkError, match="cannot be asked"):
-        HttpFile(client, hub.static_url("model.bin")).read(0, 1)
+    for location in ("file:///etc/passwd", "http://[", "http://host:port/", "//", "http:///x"):
+        hub.clear()
+        hub.faults.append(Fault("status", times=-1, status=302, headers={"Location": location}))
+        with pytest.raises(NetworkError):
+            HttpFile(client, hub.static_url("model.bin")).read(0, 1)
 
 
 # --- threads, and callers who stop -----------------------------------------------------------------------------------

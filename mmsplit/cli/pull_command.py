@@ -1,0 +1,93 @@
+"""`mmsplit pull`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mmsplit.cli.options import PATH, NameList, json_option
+from mmsplit.cli.progress import ProgressDisplay
+from mmsplit.cli.render import echo, echo_json, size, table
+from mmsplit.remote.source import HubOptions
+from mmsplit.verbs.pull import PullResult, pull
+
+
+@click.command("pull")
+@click.argument("source", metavar="SOURCE")
+@click.option("-o", "--output", type=PATH, required=True, help="Directory for the partition set.")
+@click.option("--only", type=NameList(), help="Only these partitions: 1 or 0,2,3.")
+@click.option("--root", "root_digest", help="Take only the set of this root digest: sha256:…")
+@click.option("--revision", help="Branch, tag or commit on the Hub.  [default: main]")
+@click.option("--token", help="Token for the Hub.  [default: HF_TOKEN, or that of `hf auth login`]")
+@click.option(
+    "--connections",
+    type=click.IntRange(1, 256),
+    default=HubOptions().connections,
+    show_default=True,
+    help="Ranges that are fetched at once.",
+)
+@click.option("--force", is_flag=True, help="Fetch what is there and wrong again; replace another set of mmsplit's.")
+@click.option("--buffered", is_flag=True, help="Write through the page cache, not past it.")
+@click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Threads that hash.  [default: processors]")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@json_option
+def pull_command(
+    source: str,
+    output: Path,
+    only: tuple[str, ...] | None,
+    root_digest: str | None,
+    revision: str | None,
+    token: str | None,
+    connections: int,
+    force: bool,
+    buffered: bool,
+    threads: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Get the partition set published at SOURCE, or some of its partitions; each byte is verified on arrival.
+
+    SOURCE is a model of the Hub or a folder of it (org/name, org/name@revision:folder), the address of a folder
+    (https://…, s3://…, whatever fsspec reaches), or a directory.  Interrupted, the same command goes on.
+    """
+    if source == "":
+        raise click.UsageError("SOURCE is empty")
+    part_ids = None if only is None else [_part_id(item) for item in only]
+    with ProgressDisplay(quiet) as progress:
+        result = pull(
+            source,
+            output,
+            only=part_ids,
+            root_digest=root_digest,
+            hub=HubOptions(revision=revision, token=token, connections=connections),
+            force=force,
+            threads=threads,
+            direct=not buffered,
+            progress=progress,
+        )
+    if as_json:
+        echo_json(result.as_json())
+    else:
+        _show(result)
+
+
+def _part_id(item: str) -> int:
+    if not (item.isascii() and item.isdigit()):
+        raise click.BadParameter(f"{item!r} is no number of a partition", param_hint="--only")
+    return int(item)
+
+
+def _show(result: PullResult) -> None:
+    rows = [
+        (
+            str(each.part_id),
+            size(result.manifest.partitions[each.part_id].payload_bytes),
+            size(each.fetched_bytes),
+            size(each.present_bytes),
+        )
+        for each in result.partitions
+    ]
+    echo(table(("partition", "size", "fetched", "was there"), rows, (True, True, True, True)))
+    echo(f"\n  {len(rows)} of {len(result.manifest.partitions)} partitions of {result.manifest.model_id}, all verified")
+    echo(f"  root digest {result.root_digest}")
