@@ -47,7 +47,11 @@ def run(arguments: Sequence[str]) -> int:
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as stop:
         interrupted = isinstance(stop, KeyboardInterrupt) or isinstance(stop.__cause__, KeyboardInterrupt)
-        said = "interrupted. The same split or merge goes on with --resume, a download or pull as it is." if interrupted else "nothing done"
+        said = (
+            "interrupted. The same split or merge goes on with --resume, a download or pull as it is."
+            if interrupted
+            else "nothing done"
+        )
         click.echo(f"mmsplit: {said}", err=True)
         return 130
     except MmsplitError as error:

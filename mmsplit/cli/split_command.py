@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from mmsplit.checkpoint import IoMode
+from mmsplit.cli.node_options import node_options
 from mmsplit.cli.options import PART_IDS, PATH, json_option, planning_options, work_options
 from mmsplit.cli.progress import ProgressDisplay
 from mmsplit.cli.render import echo, echo_json, layer_range, notes, percent, size, table
 from mmsplit.cli.source_options import chosen_source, hub_of, hub_options, source_argument
 from mmsplit.codec import CodecName
-from mmsplit.planning import By, TiedMode
+from mmsplit.planning import By, NodeRequest, TiedMode
 from mmsplit.sidecar.output_directory import Existing
 from mmsplit.verbs.split import SplitResult, split
 
@@ -21,6 +22,7 @@ from mmsplit.verbs.split import SplitResult, split
 @source_argument
 @click.option("-o", "--output", type=PATH, required=True, help="Directory for the partition set.")
 @planning_options
+@node_options
 @click.option(
     "--only",
     type=PART_IDS,
@@ -64,6 +66,7 @@ def split_command(
     boundaries: tuple[str, ...] | None,
     tied: TiedMode,
     allow_unknown_dtypes: bool,
+    nodes: NodeRequest | None,
     only: tuple[int, ...] | None,
     codec: CodecName,
     resume: bool,
@@ -98,6 +101,7 @@ def split_command(
             weights=weights,
             boundaries=boundaries,
             tied=tied,
+            nodes=nodes,
             only=only,
             codec=codec,
             threads=threads,

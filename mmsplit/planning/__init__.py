@@ -1,17 +1,33 @@
 """Who gets what: layers and a request -> `Plan`.  Pure; its JSON is the dry run."""
 
+from mmsplit.planning.memory_needs import MemoryRequest
+from mmsplit.planning.node_planner import boundaries_of, plan_for_nodes, plan_for_nodes_or_parts
+from mmsplit.planning.node_problem import NodeRequest, Objective
+from mmsplit.planning.nodes import NodeList, binary_size, parse_nodes, parse_reserve
 from mmsplit.planning.plan import Balance, Plan, PlannedLayer, PlannedPartition, iter_stored
 from mmsplit.planning.planner import By, PlanRequest, TiedMode, checkpoint_layers, plan_checkpoint
+from mmsplit.planning.training_state import TrainingMethod
 
 __all__ = [
     "Balance",
     "By",
+    "MemoryRequest",
+    "NodeList",
+    "NodeRequest",
+    "Objective",
     "Plan",
     "PlanRequest",
     "PlannedLayer",
     "PlannedPartition",
     "TiedMode",
+    "TrainingMethod",
+    "binary_size",
+    "boundaries_of",
     "checkpoint_layers",
     "iter_stored",
+    "parse_nodes",
+    "parse_reserve",
     "plan_checkpoint",
+    "plan_for_nodes",
+    "plan_for_nodes_or_parts",
 ]

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from mmsplit.checkpoint import Shard, TensorInfo
 from mmsplit.errors import PlanError
+from mmsplit.planning.memory_needs import MemoryRequest, Needs
+from mmsplit.planning.nodes import Node
 
 
 class PlannedLayer(NamedTuple):
@@ -55,10 +57,11 @@ class PlannedLayer(NamedTuple):
 
 
 class PlannedPartition(NamedTuple):
-    """What one partition holds, layers in forward order."""
+    """What one partition holds, layers in forward order; `node` is the machine it is for, where machines were given."""
 
     part_id: int
     layers: tuple[PlannedLayer, ...]
+    node: str | None = None
 
     @property
     def total_params(self) -> int:
@@ -83,6 +86,74 @@ class Balance(NamedTuple):
     excess: float
 
 
+class PlannedNode(NamedTuple):
+    """A machine and what the plan asks of it.  `part_id` is None for one that gets nothing.
+
+    `work` is what the objective balances, in bytes of need ("memory") or in units of `by`; `strength` is what it is
+    divided by: usable bytes, speed or share.
+    """
+
+    node: Node
+    part_id: int | None
+    needs: Needs
+    work: int
+    strength: float
+
+    @property
+    def fill(self) -> float:
+        """Share of the usable memory that is needed; above 1 it would not fit."""
+        return self.needs.total_bytes / self.node.usable_bytes if self.node.usable_bytes else 0.0
+
+    def as_json(self) -> dict[str, object]:
+        """Return the machine as `plan --json` shows it."""
+        node = self.node
+        return {
+            "name": node.name,
+            "part_id": self.part_id,
+            "memory_bytes": node.memory_bytes,
+            "reserve_bytes": node.reserve_bytes,
+            "usable_bytes": node.usable_bytes,
+            "disk_bytes": node.disk_bytes,
+            "speed": None if node.speed is None else float(node.speed),
+            "share": None if node.share is None else float(node.share),
+            "needs": self.needs.as_json(),
+            "fill": self.fill,
+            "work": self.work,
+        }
+
+
+class NodePlacement(NamedTuple):
+    """How a plan lies on machines, in pipeline order.
+
+    `bottleneck` is the name of the node with the largest work / strength, and `excess` how far that is above a
+    perfect split over all nodes (0.03 = 3 %), copies of tied weights included.
+    """
+
+    objective: str
+    order: str
+    nodes: tuple[PlannedNode, ...]
+    bottleneck: str
+    excess: float
+    memory: MemoryRequest
+    kv_dtype: str
+
+    def as_json(self) -> dict[str, object]:
+        """Return the placement as `plan --json` shows it."""
+        request = self.memory
+        return {
+            "objective": self.objective,
+            "order": self.order,
+            "bottleneck": self.bottleneck,
+            "excess": self.excess,
+            "context": request.context,
+            "batch": request.batch,
+            "kv_dtype": self.kv_dtype,
+            "training": request.training,
+            "lora_rank": request.lora_rank if request.training == "lora" else None,
+            "nodes": [node.as_json() for node in self.nodes],
+        }
+
+
 class Plan(NamedTuple):
     """The frozen assignment of layers to partitions, with the request that led to it."""
 
@@ -90,6 +161,7 @@ class Plan(NamedTuple):
     balance: Balance
     tied: str
     notes: tuple[str, ...]
+    placement: NodePlacement | None = None
 
     @property
     def num_parts(self) -> int:
@@ -119,17 +191,20 @@ class Plan(NamedTuple):
 
     def as_json(self) -> dict[str, object]:
         """Return the plan as `plan --json` shows it."""
+        on_machines = {} if self.placement is None else {"placement": self.placement.as_json()}
         return {
             "num_parts": self.num_parts,
             "partitions": [
                 {
                     "part_id": part.part_id,
+                    **({} if part.node is None else {"node": part.node}),
                     "layers": [layer.as_json() for layer in part.layers],
                     "total_params": part.total_params,
                     "total_bytes": part.total_bytes,
                 }
                 for part in self.partitions
             ],
+            **on_machines,
             "balance": self.balance._asdict(),
             "digest": self.digest,
             "notes": list(self.notes),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final, Literal, NamedTuple, get_args
@@ -45,9 +45,36 @@ class PlanRequest:
     tied: TiedMode = "duplicate"
 
 
-class _Unit(NamedTuple):
+class Unit(NamedTuple):
+    """What a cut cannot divide: a layer, or one that uses a tied weight stored elsewhere."""
+
     layer: Layer
     tie: Tie | None
+
+
+class Arrangement(NamedTuple):
+    """What there is to assign: `units` in forward order, to be cut into runs; `moved` units go wherever unit
+    `stored_unit` goes, which holds the tied weight.  `copied`: each other run that uses the weight holds it, too.
+    """
+
+    units: tuple[Unit, ...]
+    moved: tuple[Unit, ...]
+    stored_unit: int
+    copied: TensorInfo | None
+    notes: tuple[str, ...]
+
+    def load(self, layer_cost: Callable[[Layer], int], copy_cost: Callable[[TensorInfo], int]) -> Load:
+        """Return the cost of any run of units, given that of a layer and that of a copy of the tied weight."""
+
+        def cost(unit: Unit) -> int:
+            return 0 if unit.tie is not None else layer_cost(unit.layer)
+
+        tied = []
+        if self.copied is not None:
+            uses = tuple(i for i, unit in enumerate(self.units) if unit.tie is not None)
+            tied.append(TiedUnits(self.stored_unit, uses, copy_cost(self.copied)))
+        follow = (self.stored_unit, sum(map(cost, self.moved))) if self.moved else None
+        return Load([cost(unit) for unit in self.units], tied, follow)
 
 
 def checkpoint_layers(checkpoint: Checkpoint) -> tuple[tuple[PlannedLayer, ...], tuple[str, ...]]:
@@ -60,23 +87,47 @@ def checkpoint_layers(checkpoint: Checkpoint) -> tuple[tuple[PlannedLayer, ...],
 
 def plan_checkpoint(checkpoint: Checkpoint, request: PlanRequest) -> Plan:
     """Assign every layer to a partition.  Raises `PlanError` that says what is possible."""
+    return plan_arranged(checkpoint, arrange_checkpoint(checkpoint, request.tied), request)
+
+
+def arrange_checkpoint(checkpoint: Checkpoint, tied: TiedMode) -> Arrangement:
+    """Return what there is to assign.  Raises `PlanError` for an unknown way to treat tied weights."""
+    if tied not in get_args(TiedMode):
+        raise PlanError(
+            f"no such way to treat tied weights: {tied!r}", hint=f"Possible are {', '.join(get_args(TiedMode))}."
+        )
     layer_map = build_layer_map(checkpoint.tensors, checkpoint.config)
     ties, tie_notes = find_ties(layer_map, checkpoint.config)
-    units, moved = _arrange(layer_map.layers, ties, request.tied)
+    units, moved = _arrange(layer_map.layers, ties, tied)
+    unit_of = {name: i for i, unit in enumerate(units) if unit.tie is None for name in unit.layer.tensors}
+    used = next((unit.tie.tensor for unit in (*units, *moved) if unit.tie is not None), None)
+    copies = tied == "duplicate" and any(unit.tie is not None for unit in units)
+    return Arrangement(
+        tuple(units),
+        moved,
+        stored_unit=0 if used is None else unit_of[used],
+        copied=checkpoint.tensors[used] if used is not None and copies else None,
+        notes=(*checkpoint.notes, *layer_map.notes, *tie_notes),
+    )
+
+
+def plan_arranged(checkpoint: Checkpoint, arrangement: Arrangement, request: PlanRequest) -> Plan:
+    """Plan as `plan_checkpoint` does; the arrangement is that of `request.tied`."""
+    units, home_unit = arrangement.units, arrangement.stored_unit
     weights = _shares(request, len(units))
-    costs = _Costs(units, moved, checkpoint.tensors, request)
+    load = unit_load(arrangement, checkpoint.tensors, request.by)
     if request.boundaries is not None:
         first = _first_of_boundaries(request.boundaries, [unit.layer.name for unit in units])
     else:
-        first = assign_contiguous(costs.load, weights, costs.load_in_bytes)
+        first = assign_contiguous(load, weights, unit_load(arrangement, checkpoint.tensors, "bytes"))
     stops = (*first[1:], len(units))
     ranges = tuple(zip(first, stops, strict=True))
-    home = next((k for k, (start, stop) in enumerate(ranges) if costs.stored_unit in range(start, stop)), 0)
+    home = next((k for k, (start, stop) in enumerate(ranges) if home_unit in range(start, stop)), 0)
     partitions = tuple(
         _partition(
             part_id,
             units[start:stop],
-            moved if part_id == home else (),
+            arrangement.moved if part_id == home else (),
             checkpoint.tensors,
             request.tied,
             home,
@@ -84,18 +135,33 @@ def plan_checkpoint(checkpoint: Checkpoint, request: PlanRequest) -> Plan:
         for part_id, (start, stop) in enumerate(ranges)
     )
     require_every_byte_accounted_for(partitions, checkpoint.shards, checkpoint.tensors)
-    loads = tuple(costs.load.of(start, stop) for start, stop in ranges)
-    notes = (*checkpoint.notes, *layer_map.notes, *tie_notes, *_tie_remarks(partitions))
+    loads = tuple(load.of(start, stop) for start, stop in ranges)
+    notes = (*arrangement.notes, *_tie_remarks(partitions))
     return Plan(partitions, _balance(request.by, loads, weights), request.tied, notes)
 
 
-def _arrange(layers: Sequence[Layer], ties: Sequence[Tie], tied: TiedMode) -> tuple[list[_Unit], tuple[_Unit, ...]]:
+def unit_load(arrangement: Arrangement, tensors: Mapping[str, TensorInfo], by: By) -> Load:
+    """Return the load of any run of units in what `by` counts."""
+    any_block = any(unit.layer.stack is not None for unit in arrangement.units)
+
+    def size(tensor: TensorInfo) -> int:
+        return tensor.params if by == "params" else tensor.size_bytes
+
+    def cost(layer: Layer) -> int:
+        if by == "layers":
+            return int(layer.stack is not None or not any_block)
+        return sum(size(tensors[name]) for name in layer.tensors)
+
+    return arrangement.load(cost, (lambda _: 0) if by == "layers" else size)
+
+
+def _arrange(layers: Sequence[Layer], ties: Sequence[Tie], tied: TiedMode) -> tuple[list[Unit], tuple[Unit, ...]]:
     """Put the tied layers where they run; with "colocate" set those aside that move to the stored weight."""
-    units: list[_Unit] = []
+    units: list[Unit] = []
     for position, layer in enumerate([*layers, None]):
-        units.extend(_Unit(tie.layer, tie) for tie in ties if tie.position == position)
+        units.extend(Unit(tie.layer, tie) for tie in ties if tie.position == position)
         if layer is not None:
-            units.append(_Unit(layer, None))
+            units.append(Unit(layer, None))
     if tied != "colocate" or not ties:
         return units, ()
     # The head moves to the embedding, and with it what runs after the last block: the hidden state goes there once.
@@ -140,11 +206,6 @@ def _shares(request: PlanRequest, unit_count: int) -> tuple[Fraction, ...]:
         )
     if request.by not in get_args(By):
         raise PlanError(f"cannot balance by {request.by!r}", hint=f"Possible are {', '.join(get_args(By))}.")
-    if request.tied not in get_args(TiedMode):
-        raise PlanError(
-            f"no such way to treat tied weights: {request.tied!r}",
-            hint=f"Possible are {', '.join(get_args(TiedMode))}.",
-        )
     return tuple(_weight(weight) for weight in request.weights or [1] * num_parts)
 
 
@@ -161,52 +222,6 @@ def _weight(value: float | str | Fraction) -> Fraction:
             f"weight {text[:40]!r} is not a positive number up to 1,000,000,000", hint="Give weights such as 3,2,1."
         )
     return weight
-
-
-class _Costs:
-    """The loads of a request, and where the tied weight is stored."""
-
-    def __init__(
-        self,
-        units: Sequence[_Unit],
-        moved: Sequence[_Unit],
-        tensors: Mapping[str, TensorInfo],
-        request: PlanRequest,
-    ) -> None:
-        unit_of = {name: i for i, unit in enumerate(units) if unit.tie is None for name in unit.layer.tensors}
-        ties = [unit.tie for unit in (*units, *moved) if unit.tie is not None]
-        self.stored_unit = unit_of[ties[0].tensor] if ties else 0
-        self.load = self._build(units, moved, tensors, request.by, request.tied)
-        self.load_in_bytes = self._build(units, moved, tensors, "bytes", request.tied)
-
-    def _build(
-        self,
-        units: Sequence[_Unit],
-        moved: Sequence[_Unit],
-        tensors: Mapping[str, TensorInfo],
-        by: By,
-        tied: TiedMode,
-    ) -> Load:
-        any_block = any(unit.layer.stack is not None for unit in units)
-
-        def cost(unit: _Unit) -> int:
-            if unit.tie is not None:
-                return 0
-            if by == "layers":
-                return int(unit.layer.stack is not None or not any_block)
-            infos = [tensors[name] for name in unit.layer.tensors]
-            return sum(info.params if by == "params" else info.size_bytes for info in infos)
-
-        tied_units = []
-        uses = tuple(i for i, unit in enumerate(units) if unit.tie is not None)
-        if uses and tied == "duplicate" and by != "layers":
-            tie = units[uses[0]].tie
-            info = tensors[tie.tensor] if tie is not None else None
-            if info is not None:
-                size = info.params if by == "params" else info.size_bytes
-                tied_units.append(TiedUnits(self.stored_unit, uses, size))
-        follow = (self.stored_unit, sum(cost(unit) for unit in moved)) if moved else None
-        return Load([cost(unit) for unit in units], tied_units, follow)
 
 
 def _first_of_boundaries(boundaries: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
@@ -236,8 +251,8 @@ def _planned(layer: Layer, tensors: Mapping[str, TensorInfo]) -> PlannedLayer:
 
 def _partition(
     part_id: int,
-    units: Sequence[_Unit],
-    moved: Sequence[_Unit],
+    units: Sequence[Unit],
+    moved: Sequence[Unit],
     tensors: Mapping[str, TensorInfo],
     tied: TiedMode,
     home: int,

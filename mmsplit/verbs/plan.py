@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from mmsplit.checkpoint import Checkpoint
-from mmsplit.planning import By, Plan, PlanRequest, TiedMode, plan_checkpoint
+from mmsplit.errors import PlanError
+from mmsplit.planning import (
+    By,
+    NodeList,
+    NodeRequest,
+    Plan,
+    PlanRequest,
+    TiedMode,
+    parse_nodes,
+    plan_for_nodes_or_parts,
+)
 from mmsplit.remote.source import HubOptions, open_source
+
+#: A file of a thousand machines is a tenth of this.
+_MAX_NODES_BYTES: Final = 1 << 20
 
 
 def plan(
@@ -18,16 +32,36 @@ def plan(
     weights: Sequence[float | str] | None = None,
     boundaries: Sequence[str] | None = None,
     tied: TiedMode = "duplicate",
+    nodes: NodeRequest | None = None,
     hub: HubOptions | None = None,
     allow_unknown_dtypes: bool = False,
 ) -> Plan:
     """Plan the partitions of a checkpoint; no weight is read.
 
     `source` is a directory, a shard, a weights index, an open checkpoint, or a model of the Hub (`org/name`, reached as
-    `hub` says).  The other arguments are those of `PlanRequest`.  Raises `CheckpointError`, `NetworkError` or
+    `hub` says).  With `nodes` (see `read_nodes`) the plan puts the model on those machines, and nobody else says into
+    how many partitions.  The other arguments are those of `PlanRequest`.  Raises `CheckpointError`, `NetworkError` or
     `PlanError`.
     """
     source = open_source(source, hub, allow_unknown_dtypes=allow_unknown_dtypes)
-    return plan_checkpoint(
-        source, PlanRequest(num_parts=num_parts, by=by, weights=weights, boundaries=boundaries, tied=tied)
-    )
+    request = PlanRequest(num_parts=num_parts, by=by, weights=weights, boundaries=boundaries, tied=tied)
+    return plan_for_nodes_or_parts(source, request, nodes)
+
+
+def read_nodes(path: str | Path, reserve: float | str | None = None) -> NodeList:
+    """Read a nodes file (TOML; see `mmsplit.planning.nodes`).  `reserve` replaces the file's own default.
+
+    Raises `PlanError` naming the node and the field.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(_MAX_NODES_BYTES + 1)
+    except OSError as error:
+        raise PlanError(f"nodes file cannot be read: {error.strerror or error}", path=path) from error
+    if len(data) > _MAX_NODES_BYTES:
+        raise PlanError("nodes file is too long", path=path, expected=f"at most {_MAX_NODES_BYTES:,} bytes")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise PlanError("nodes file is not UTF-8", path=path, offset=error.start) from error
+    return parse_nodes(text, str(path), reserve)

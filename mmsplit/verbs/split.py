@@ -10,7 +10,7 @@ from typing import Final, get_args
 from mmsplit.checkpoint import Checkpoint, IoMode
 from mmsplit.codec import CODEC_NAMES, CodecName
 from mmsplit.errors import RequestError
-from mmsplit.planning import By, PlanRequest, TiedMode, plan_checkpoint
+from mmsplit.planning import By, NodeRequest, PlanRequest, TiedMode, plan_for_nodes_or_parts
 from mmsplit.remote.source import HubOptions, hub_address_of, open_source
 from mmsplit.sidecar.manifest_builder import Origin
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory
@@ -32,6 +32,7 @@ def split(
     weights: Sequence[float | str] | None = None,
     boundaries: Sequence[str] | None = None,
     tied: TiedMode = "duplicate",
+    nodes: NodeRequest | None = None,
     only: Collection[int] | None = None,
     codec: CodecName = "planes",
     threads: int | None = None,
@@ -50,12 +51,12 @@ def split(
     `source` is a path, an open checkpoint, or a model of the Hub (`org/name`, `org/name@revision`, reached as `hub`
     says): its ranges then go straight through the encoder, and no shard touches the disk.
 
-    Planning arguments are those of `PlanRequest`.  `only` writes just these partitions, byte for byte as the whole
-    split would; the set manifest is written by the run that adds the last one.  `threads` encode (default: all
-    processors); the result does not depend on it.  `existing` says what to do about output that is there: "refuse",
-    "resume" an unfinished run (start one where there is none, do nothing where it is finished), or "force", which
-    replaces what mmsplit wrote.  `direct=False` keeps O_DIRECT away from the output.  `model_id` and `revision` go
-    into the manifests; those of a model of the Hub are its id and the commit.
+    Planning arguments are those of `plan`; with `nodes`, partition k is for the k-th node that is used.  `only` writes
+    just these partitions, byte for byte as the whole split would; the set manifest is written by the run that adds
+    the last one.  `threads` encode (default: all processors); the result does not depend on it.  `existing` says what
+    to do about output that is there: "refuse", "resume" an unfinished run (start one where there is none, do nothing
+    where it is finished), or "force", which replaces what mmsplit wrote.  `direct=False` keeps O_DIRECT away from the
+    output.  `model_id` and `revision` go into the manifests; those of a model of the Hub are its id and the commit.
 
     `source_sha256=False` saves computing the SHA-256 of the source shards, a third of the processor time: merge can
     then compare no digest but one that the Hub publishes, and where there is none it has the checksums of the chunks.
@@ -72,9 +73,8 @@ def split(
         # What is asked for, a branch say, is not what the manifests record: that is the commit.
         hub, revision = hub._replace(revision=hub.revision or revision), None
     source = open_source(source, hub, allow_unknown_dtypes=allow_unknown_dtypes)
-    plan = plan_checkpoint(
-        source, PlanRequest(num_parts=num_parts, by=by, weights=weights, boundaries=boundaries, tied=tied)
-    )
+    request = PlanRequest(num_parts=num_parts, by=by, weights=weights, boundaries=boundaries, tied=tied)
+    plan = plan_for_nodes_or_parts(source, request, nodes)
     options = SplitOptions(
         codec=codec,
         threads=thread_count(threads),

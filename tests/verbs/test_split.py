@@ -12,6 +12,7 @@ from checkpoints import CAUSAL_CONFIG, MIB, Weight, llama_weights, size_of, tree
 
 from mmsplit.checkpoint import FileReader, Scratch
 from mmsplit.errors import OutputExistsError, PlanError, RequestError
+from mmsplit.planning import NodeRequest, parse_nodes
 from mmsplit.sidecar.partition_reader import open_partition_files
 from mmsplit.sidecar.repeated_chunks import RepeatedChunks
 from mmsplit.sidecar.set_reader import read_set_manifest
@@ -258,3 +259,16 @@ def test_a_finished_set_without_the_sha256_that_is_asked_for(source: Path, tmp_p
         split(source, tmp_path, 2, existing="resume")
     split(source, tmp_path, 2, existing="force")
     assert split(source, tmp_path, 2, source_sha256=False, existing="resume").already_finished
+
+
+def test_split_for_nodes(source: Path, tmp_path: Path) -> None:
+    """Partition k is what the k-th node gets; whoever names nodes and a number of partitions is asked which."""
+    text = "".join(
+        f'[[node]]\nname = "{name}"\nmemory = {memory}\n' for name, memory in (("a", MIB), ("b", MIB))
+    )
+    nodes = NodeRequest(nodes=parse_nodes(text, "nodes.toml"))
+    result = split(source, tmp_path / "out", nodes=nodes)
+    assert [part.node for part in result.plan.partitions] == ["a", "b"]
+    assert result.plan.digest == plan(source, nodes=nodes).digest
+    with pytest.raises(PlanError, match="nodes and num_parts both say how to cut"):
+        split(source, tmp_path / "other", 2, nodes=nodes)
