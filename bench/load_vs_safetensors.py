@@ -1,6 +1,6 @@
 """How soon is a partition in memory?
 
-`mmsplit.open_partition` and every tensor of it, verified, against safetensors `load_file` of a file with the same
+`Partition.load` of all its tensors, verified, against safetensors `load_file` of a file with the same
 tensors; both then touch every page of every tensor, and both start from a page cache that holds none of it.
 
 Counted: wall and CPU seconds from opening the file to the last page touched, in a process of its own; imports are
@@ -65,7 +65,7 @@ def _write_plain(manifest: Path, plain: Path) -> int:
 
 
 def _side(library: str, path: Path, seen: dict[str, str], cold: list[Path]) -> Side:
-    label = "mmsplit.open_partition" if library == "mmsplit" else f"{library}.load_file"
+    label = "mmsplit Partition.load" if library == "mmsplit" else f"{library}.load_file"
     loader = _Loader(library, path, seen)
     return Side(label, loader.run, check=loader.check, cold=cold, size=partial(_size, path))
 

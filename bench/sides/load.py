@@ -25,7 +25,7 @@ def _mmsplit(path: Path) -> Callable[[], dict[str, Any]]:
 
     def load() -> dict[str, Any]:
         with open_partition(path) as partition:
-            return {name: partition[name] for name in partition}
+            return partition.load()
 
     return load
 

@@ -3,7 +3,9 @@
 Strategy.  A range is *borrowed*: `with reader.borrow(start, stop, scratch) as view`.  On Linux the view is a slice
 of a memory map: its pages are faulted in by one `madvise(MADV_POPULATE_READ)` before the view is handed out, and
 dropped when it is given back, so that resident memory is the ranges in flight and nothing more.  Anywhere else,
-and wherever a map would not be safe, the bytes are read into the caller's scratch buffer.
+and wherever a map would not be safe, the bytes are read into the caller's scratch buffer.  Who reads a range once and
+never again says so ("direct"): what the page cache does not have is then read past it, straight into the scratch
+buffer, which takes less processor time and leaves the cache, and the memory, to others.
 
 Why a map can be unsafe: when a file is truncated while it is mapped, touching a page past its new end kills the
 process with SIGBUS, which Python cannot catch.  So a file is only mapped under a *read lease* (fcntl(2),
@@ -33,9 +35,21 @@ from mmsplit.errors import CheckpointError, MmsplitError, RequestError, SourceCh
 #: How ranges are read.  "mmap" maps without a lease: for callers who own the file's fate.
 IoMode = Literal["auto", "mmap", "pread"]
 
+#: Whether a range that is borrowed comes by way of the page cache, or past it unless it is there already.
+ReadMode = Literal["cached", "direct"]
+
 _MADV_POPULATE_READ: Final = 22  # Linux 5.14, <asm-generic/mman-common.h>; Python 3.11 has no name for it
 _MADV_DONTNEED: Final = 4
 _PAGE: Final = mmap.PAGESIZE
+#: Memory that a disk reads into or writes from lies in pages of this size where the kernel has them.  4 MiB are then 2
+#: pieces, not 1,024: measured on a virtual disk, read at 3.2 GB/s where small pages gave 1.2, written at 4.1 for 2.5.
+_HUGE_PAGE: Final = 2 << 20
+#: What O_DIRECT may ask for: offset, length and memory in multiples of this.
+_BLOCK: Final = 4096
+#: Below this a read past the page cache gains nothing over one through it, which brings the neighbours along.
+_LEAST_DIRECT_BYTES: Final = 256 << 10
+#: What a file system says that does not know O_DIRECT.
+_REFUSED: Final = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 #: Ranges returned between two sweeps of the whole map; a sweep costs some ten microseconds.
 _SWEEP_EVERY: Final = 32
 
@@ -53,18 +67,36 @@ class Scratch:
     """A page-aligned buffer that grows to the largest size asked for and is reused; one per thread."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, _PAGE)
+        self._memory = aligned_buffer(0)
 
     def take(self, size_bytes: int) -> memoryview:
         """Return a writable view of `size_bytes`; it is valid until the next `take`."""
         if size_bytes > len(self._memory):
-            self._memory = aligned_buffer(size_bytes)
-        return memoryview(self._memory)[:size_bytes]
+            # In whole huge pages, so that a range a little larger than the last does not need another buffer.
+            self._memory = aligned_buffer(_round_up(size_bytes, _HUGE_PAGE if size_bytes > _HUGE_PAGE else _PAGE))
+        return self._memory[:size_bytes]
 
 
-def aligned_buffer(size_bytes: int) -> mmap.mmap:
-    """Allocate zeroed anonymous memory that starts on a page; freed with its last reference."""
-    return mmap.mmap(-1, max(1, -(-size_bytes // _PAGE)) * _PAGE)
+def aligned_buffer(size_bytes: int) -> memoryview:
+    """Allocate zeroed memory in whole pages, huge ones where it fills them; freed with its last reference."""
+    size_bytes = max(_PAGE, _round_up(size_bytes, _PAGE))
+    if size_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return memoryview(mmap.mmap(-1, size_bytes))
+    memory = mmap.mmap(-1, _round_up(size_bytes, _HUGE_PAGE) + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        pass  # a kernel without them
+    start = -_address_of(memory) % _HUGE_PAGE
+    return memoryview(memory)[start : start + size_bytes]
+
+
+def _round_up(size_bytes: int, multiple: int) -> int:
+    return -(-size_bytes // multiple) * multiple
+
+
+def _address_of(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 class FileReader:
@@ -87,6 +119,8 @@ class FileReader:
             self.fingerprint = _fingerprint(os.fstat(self._fd))
             self.size_bytes = self.fingerprint.size_bytes
             self._lock = threading.Lock()
+            self._direct_fd: int | None = None
+            self._direct_is_refused = not hasattr(os, "O_DIRECT") or not hasattr(os, "RWF_NOWAIT")
             self._borrowed = 0
             self._returned = itertools.count(1)
             self._leased = False
@@ -106,12 +140,17 @@ class FileReader:
         return self._map is not None and not self._retiring
 
     @contextmanager
-    def borrow(self, start: int, stop: int, scratch: Scratch) -> Iterator[memoryview]:
+    def borrow(self, start: int, stop: int, scratch: Scratch, mode: ReadMode = "cached") -> Iterator[memoryview]:
         """Lend the bytes [start, stop) read-only, until the block ends.
 
         The view is a slice of the map or of `scratch`; neither may be used after the block.
         """
         self._require_range(start, stop)
+        if mode == "direct":
+            blocks = self._read_direct(start, stop, scratch)
+            if blocks is not None:
+                yield blocks.toreadonly()
+                return
         mapped = self._enter_map() if stop > start else None
         if mapped is None:
             view = scratch.take(stop - start)
@@ -145,6 +184,15 @@ class FileReader:
             return None
         return memoryview(self._map)[start:stop]
 
+    def populate(self, start: int, stop: int) -> None:
+        """Fault in [start, stop) of a `view_of_map`, so that touching it does not wait for the disk.
+
+        Raises if the bytes cannot be had any more; merely touching them would end the process then.
+        """
+        self._require_range(start, stop)
+        if self._map is not None and not self._leased and stop > start:
+            self._populate(start, stop)
+
     def will_need(self, start: int, stop: int) -> None:
         """Ask the kernel to start reading [start, stop); returns at once."""
         length = min(stop, self.size_bytes) - start
@@ -171,6 +219,9 @@ class FileReader:
         """Give up map, lease and file.  No borrowed range may be in use; a `view_of_map` keeps the map alive."""
         if self._fd >= 0:
             self._map = None  # unmapped with its last view
+            if self._direct_fd is not None:
+                os.close(self._direct_fd)
+                self._direct_fd = None
             os.close(self._fd)  # closing gives the lease back
             self._fd = -1
 
@@ -188,13 +239,17 @@ class FileReader:
 
     def _enter_map(self) -> mmap.mmap | None:
         with self._lock:
-            if self._leased and not self._retiring and _lease_is_breaking(self._fd):
-                self._retiring = True
-                self._retire_if_idle()
+            self._heed_lease()
             if self._map is None or self._retiring:
                 return None
             self._borrowed += 1
             return self._map
+
+    def _heed_lease(self) -> None:
+        """Begin to give map and lease back if somebody waits for the file."""
+        if self._leased and not self._retiring and _lease_is_breaking(self._fd):
+            self._retiring = True
+            self._retire_if_idle()
 
     def _leave_map(self) -> None:
         with self._lock:
@@ -242,16 +297,64 @@ class FileReader:
         if last > first:
             _madvise(self._address + first, last - first, _MADV_DONTNEED)
 
+    def _read_direct(self, start: int, stop: int, scratch: Scratch) -> memoryview | None:
+        """Read [start, stop) past the page cache; None if that cannot be done here, or is not worth it."""
+        with self._lock:
+            self._heed_lease()
+        if stop - start < _LEAST_DIRECT_BYTES or self._direct_is_refused or self._is_cached(start, stop):
+            return None
+        fd = self._direct()
+        if fd is None:
+            return None
+        first = start - start % _BLOCK
+        blocks = scratch.take(_round_up(stop, _BLOCK) - first)
+        done = 0
+        while done < stop - first:
+            try:
+                count = os.preadv(fd, [blocks[done:]], first + done)
+            except OSError as error:
+                if error.errno not in _REFUSED:
+                    raise self._cannot_read(error, first + done) from error
+                self._direct_is_refused |= done == 0
+                return None  # not known here, or a short read has left an offset that is no multiple
+            if count == 0:
+                return None  # reading by way of the cache tells what is wrong
+            done += count
+        return blocks[start - first : stop - first]
+
+    def _is_cached(self, start: int, stop: int) -> bool:
+        """Whether both ends of a range are in the page cache, and so, most likely, what is between them.
+
+        Where the kernel cannot say, it is taken to be there.
+        """
+        try:
+            for offset in (start, stop - 1):
+                os.preadv(self._fd, [bytearray(1)], offset, os.RWF_NOWAIT)
+        except OSError as error:
+            return error.errno != errno.EAGAIN
+        return True
+
+    def _direct(self) -> int | None:
+        """Return the descriptor that reads past the page cache, opened when it is first needed."""
+        with self._lock:
+            if self._direct_fd is None and not self._direct_is_refused:
+                self._direct_fd = _open_direct(self.path, self.fingerprint)
+                self._direct_is_refused = self._direct_fd is None
+            return self._direct_fd
+
     def _read_into(self, view: memoryview, start: int) -> None:
         done = 0
         while done < len(view):
             try:
                 count = _pread_into(self._fd, view[done:], start + done, self._lock)
             except OSError as error:
-                raise CheckpointError(f"cannot read: {error.strerror}", path=self.path, offset=start + done) from error
+                raise self._cannot_read(error, start + done) from error
             if count == 0:
                 raise self._changed("file ends early; it was truncated while it was read", start + done)
             done += count
+
+    def _cannot_read(self, error: OSError, offset: int) -> CheckpointError:
+        return CheckpointError(f"cannot read: {error.strerror}", path=self.path, offset=offset)
 
     def _changed(
         self, what: str, offset: int | None = None, *, expected: object = None, found: object = None
@@ -284,6 +387,19 @@ def _map_file(fd: int, size_bytes: int) -> tuple[mmap.mmap, int]:
 
     mapped = mmap.mmap(fd, size_bytes, access=mmap.ACCESS_READ)
     return mapped, np.frombuffer(mapped, np.uint8).ctypes.data
+
+
+def _open_direct(path: Path, fingerprint: Fingerprint) -> int | None:
+    """Open a file for reading past the page cache; None if it cannot be, or if its name is another file's by now."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError:
+        return None
+    found = _fingerprint(os.fstat(fd))
+    if (found.inode, found.device) == (fingerprint.inode, fingerprint.device):
+        return fd
+    os.close(fd)
+    return None
 
 
 def _pread_into(fd: int, view: memoryview, offset: int, lock: threading.Lock) -> int:
@@ -320,7 +436,7 @@ def can_populate() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     page = mmap.mmap(-1, _PAGE)
-    return _madvise(ctypes.addressof(ctypes.c_char.from_buffer(page)), _PAGE, _MADV_POPULATE_READ) == 0
+    return _madvise(_address_of(page), _PAGE, _MADV_POPULATE_READ) == 0
 
 
 def _take_read_lease(fd: int) -> bool:

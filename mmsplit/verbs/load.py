@@ -1,21 +1,21 @@
-"""`open_partition` and `open_set`: tensors out of partitions, one at a time, as numpy arrays of their true dtype."""
+"""`open_partition` and `open_set`: tensors out of partitions, one by one or all at once, as numpy arrays."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from mmsplit.checkpoint import Scratch
-from mmsplit.codec import RAW, ChunkDecoder
+from mmsplit.checkpoint.file_reader import ReadMode
+from mmsplit.codec import RAW
 from mmsplit.dtypes import DTYPES
-from mmsplit.errors import IntegrityError, MissingPartitionError, RequestError
-from mmsplit.sidecar.layout import CHUNK_BYTES
+from mmsplit.errors import MissingPartitionError, RequestError
+from mmsplit.sidecar.chunk_loader import Chunk, ChunkLoader, iter_chunks
 from mmsplit.sidecar.manifest import LayerEntry, TensorEntry
 from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files
 from mmsplit.sidecar.set_manifest import SetManifest
@@ -25,22 +25,9 @@ from mmsplit.sidecar.set_reader import (
     read_set_manifest,
     resolve_set_path,
 )
-from mmsplit.workers import JobStream, WorkerGroup, thread_count
+from mmsplit.workers import thread_count
 
 Array = NDArray[Any]
-
-#: Stored bytes beyond a tensor that the kernel is asked to read with it.
-_READ_AHEAD_BYTES: Final = 32 << 20
-
-
-class _Chunk(NamedTuple):
-    number: int
-    out: memoryview
-
-
-class _Decoder(NamedTuple):
-    chunks: ChunkDecoder
-    scratch: Scratch
 
 
 class Partition(Mapping[str, Array]):
@@ -51,14 +38,16 @@ class Partition(Mapping[str, Array]):
     dtypes below one byte and unknown ones come as a flat array of uint8.  A tied weight answers to its alias
     (`lm_head.weight`), too, where the partition has a copy of it.  Several threads may read at once.
 
+    Who wants the whole partition in memory calls `load`, which keeps all threads and the disk busy from the first
+    tensor to the last; `iter_layers` has one layer at a time.
+
     Close it, or use it in a `with` block; views stay valid as long as they live, closed or not.
     """
 
     def __init__(self, files: OpenPartition, *, verify: bool, threads: int) -> None:
         self._files = files
         self._verify = verify
-        self._threads = threads
-        self._decoders: list[_Decoder] = []  # those not in use; append and pop are atomic
+        self._chunks = ChunkLoader(files, threads)
         self._entries = {tensor.name: tensor for tensor in files.tensors}
         self._aliases = {
             layer.alias: layer.tensors[0].name
@@ -116,12 +105,7 @@ class Partition(Mapping[str, Array]):
 
     def __getitem__(self, name: str) -> Array:
         entry = self.entry(name)
-        view = self._view(entry)
-        if view is None:
-            data = np.empty(entry.size_bytes, np.uint8)
-            self._decode(entry, data.data, self._verify)
-            view = data
-        return _typed(view, entry)
+        return self._read([entry], "cached")[entry.name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -139,8 +123,22 @@ class Partition(Mapping[str, Array]):
         """
         entry = self.entry(name)
         data = _writable_bytes(buffer, entry.size_bytes, name)
-        self._decode(entry, data.data, self._verify if verify is None else verify)
+        chunks = iter_chunks(entry, data.data, in_place=False)
+        self._chunks.load(chunks, "cached", verify=self._verify if verify is None else verify)
         return _typed(data, entry)
+
+    def load(self, names: Iterable[str] | None = None) -> dict[str, Array]:
+        """Read all tensors, or those of `names`, into memory; they come as from the mapping, in the order asked for.
+
+        All threads work on all tensors together while the payload is read ahead of them, past the page cache where it
+        is not in there already: beside the tensors themselves this takes some 50 MiB, and a second load takes as long
+        as the first.  To read tensors again and again, take them from the mapping, which leaves them in the cache.
+
+        Raises what reading them one by one would: of several faults, the first that is met.
+        """
+        entries = {name: self.entry(name) for name in (self if names is None else names)}
+        arrays = self._read(entries.values(), "direct")
+        return {name: arrays[entry.name] for name, entry in entries.items()}
 
     def layer(self, name: str) -> dict[str, Array]:
         """Return the tensors of one layer; a layer that only refers to another partition raises."""
@@ -152,7 +150,7 @@ class Partition(Mapping[str, Array]):
                         path=self._files.path,
                         tensor=layer.tensors[0].name,
                     )
-                return {tensor.name: self[tensor.name] for tensor in layer.tensors}
+                return self._read([self.entry(tensor.name) for tensor in layer.tensors], "cached")
         raise KeyError(name)
 
     def iter_layers(self) -> Iterator[tuple[LayerEntry, dict[str, Array]]]:
@@ -184,81 +182,21 @@ class Partition(Mapping[str, Array]):
         if (rows["codec"] != RAW).any() or stop - start != entry.size_bytes:
             return None
         view = self._files.reader.view_of_map(start, stop)
-        if view is None:
-            return None
-        data = np.frombuffer(view, np.uint8)
-        if self._verify:
-            for number in range(entry.chunk_count):
-                piece = data[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
-                self._require(xxhash.xxh3_64_intdigest(piece.data), entry, entry.first_chunk + number)
-        return data
+        return None if view is None else np.frombuffer(view, np.uint8)
 
-    def _decode(self, entry: TensorEntry, out: memoryview, verify: bool) -> None:
-        chunks = (
-            _Chunk(entry.first_chunk + number, out[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES])
-            for number in range(entry.chunk_count)
-        )
-
-        self._read_ahead(entry)
-        threads = max(1, min(self._threads, entry.chunk_count))
-        decoders = [self._take_decoder() for _ in range(threads)]
-        try:
-            if threads == 1:
-                for chunk in chunks:
-                    self._decode_chunk(chunk, entry, decoders[0], verify)
-                return
-            free = iter(decoders)
-
-            def make_worker() -> Callable[[_Chunk], None]:
-                decoder = next(free)
-                return lambda chunk: self._decode_chunk(chunk, entry, decoder, verify)
-
-            with WorkerGroup() as group:
-                group.start_many("load", threads, JobStream(chunks), make_worker)
-        finally:
-            self._decoders += decoders
-
-    def _take_decoder(self) -> _Decoder:
-        """Take a decoder that no thread uses; fresh ones cost page faults, so they are kept from read to read."""
-        try:
-            return self._decoders.pop()
-        except IndexError:
-            return _Decoder(ChunkDecoder(), Scratch())
-
-    def _read_ahead(self, entry: TensorEntry) -> None:
-        """Tell the kernel what is read now, and what is likely to be read next: tensors lie in forward order."""
-        if entry.chunk_count:
-            start, _, _ = self._files.encoded(entry.first_chunk)
-            _, stop, _ = self._files.encoded(entry.first_chunk + entry.chunk_count - 1)
-            self._files.reader.will_need(start, stop + _READ_AHEAD_BYTES)
-
-    def _decode_chunk(self, chunk: _Chunk, entry: TensorEntry, decoder: _Decoder, verify: bool) -> None:
-        start, stop, encoded = self._files.encoded(chunk.number)
-        try:
-            with self._files.reader.borrow(start, stop, decoder.scratch) as stored:
-                decoder.chunks.decode(stored, encoded, chunk.out)
-        except IntegrityError as error:
-            raise IntegrityError(
-                f"chunk is damaged: {error.what}",
-                path=self._files.reader.path,
-                tensor=entry.name,
-                offset=start,
-            ) from error
-        if verify:
-            self._require(xxhash.xxh3_64_intdigest(chunk.out), entry, chunk.number)
-
-    def _require(self, found: int, entry: TensorEntry, chunk: int) -> None:
-        expected = int(self._files.index[chunk]["raw_xxh3"])
-        if found != expected:
-            raise IntegrityError(
-                "bytes are not those that were split",
-                path=self._files.reader.path,
-                tensor=entry.name,
-                offset=self._files.encoded(chunk)[0],
-                expected=f"xxh3 {expected:016x}",
-                found=f"xxh3 {found:016x}",
-                hint=f"See all damage with: mmsplit verify {self._files.path}",
-            )
+    def _read(self, entries: Iterable[TensorEntry], mode: ReadMode) -> dict[str, Array]:
+        arrays: dict[str, Array] = {}
+        chunks: list[Iterator[Chunk]] = []
+        for entry in sorted(entries, key=lambda entry: entry.first_chunk):  # as they lie in the payload
+            if entry.name in arrays:
+                continue
+            view = self._view(entry)
+            data = np.empty(entry.size_bytes, np.uint8) if view is None else view
+            if view is None or self._verify:
+                chunks.append(iter_chunks(entry, data.data, in_place=view is not None))
+            arrays[entry.name] = _typed(data, entry)
+        self._chunks.load(chain.from_iterable(chunks), mode, verify=self._verify)
+        return arrays
 
 
 class PartitionSet(Mapping[str, Array]):
@@ -301,6 +239,17 @@ class PartitionSet(Mapping[str, Array]):
                 files = open_partition_of_set(self.path, self.manifest, part_id, "mmap")
                 self._open[part_id] = Partition(files, verify=self._verify, threads=self._threads)
             return self._open[part_id]
+
+    def load(self) -> dict[str, Array]:
+        """Read all tensors of all partitions that are here into memory, as `Partition.load` does."""
+        names: dict[int, list[str]] = {}
+        for name, part_id in self._homes().items():
+            names.setdefault(part_id, []).append(name)
+        return {
+            name: array
+            for part_id, wanted in names.items()
+            for name, array in self.partition(part_id).load(wanted).items()
+        }
 
     def _homes(self) -> dict[str, int]:
         with self._lock:

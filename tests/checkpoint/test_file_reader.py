@@ -138,6 +138,217 @@ def test_scratch_grows_and_stays_aligned() -> None:
     assert len(aligned_buffer(PAGE + 1)) == 2 * PAGE
 
 
+# --- Past the page cache ----------------------------------------------------------------------------------------
+
+direct_only = pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="reads past the page cache are for Linux")
+LARGE = np.random.default_rng(1).integers(0, 256, (1 << 20) + 123, np.uint8).tobytes()
+
+
+@pytest.fixture
+def uncached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of a megabyte of which the page cache is said to have nothing."""
+    path = tmp_path / "large"
+    path.write_bytes(LARGE)
+    monkeypatch.setattr(FileReader, "_is_cached", lambda *_: False)
+    return path
+
+
+def _direct_fds(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Collect the descriptors that are opened with O_DIRECT."""
+    opened: set[int] = set()
+    real = os.open
+
+    def note(path: object, flags: int, *rest: int) -> int:
+        fd = real(path, flags, *rest)
+        if flags & os.O_DIRECT:
+            opened.add(fd)
+        return fd
+
+    monkeypatch.setattr(os, "open", note)
+    return opened
+
+
+@direct_only
+@pytest.mark.parametrize("mode", ["auto", "mmap", "pread"])
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, 1 << 20), (1, 300_000), (4096, 4096 + 262_144), (5000, len(LARGE)), (700_001, len(LARGE))]
+)
+def test_direct_reads_give_the_same_bytes(
+    uncached: Path, monkeypatch: pytest.MonkeyPatch, mode: IoMode, start: int, stop: int
+) -> None:
+    """On blocks or across them, up to the end of the file, which ends in the middle of one."""
+    opened = _direct_fds(monkeypatch)
+    with FileReader(uncached, io=mode) as reader, reader.borrow(start, stop, Scratch(), "direct") as view:
+        assert view.readonly
+        assert bytes(view) == LARGE[start:stop]
+    assert opened or not _knows_o_direct(uncached)
+
+
+def _knows_o_direct(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
+@direct_only
+def test_what_is_cached_or_small_is_not_read_past_the_cache(
+    uncached: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it would be slower."""
+    opened = _direct_fds(monkeypatch)
+    with FileReader(uncached) as reader, reader.borrow(0, 100_000, Scratch(), "direct") as view:
+        assert bytes(view) == LARGE[:100_000]
+    monkeypatch.setattr(FileReader, "_is_cached", lambda *_: True)
+    with FileReader(uncached) as reader, reader.borrow(0, 1 << 20, Scratch(), "direct") as view:
+        assert bytes(view) == LARGE[: 1 << 20]
+    assert opened == set()
+
+
+@direct_only
+def test_what_the_kernel_cannot_say_is_taken_to_be_cached(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EAGAIN is the one answer that means no."""
+    real = os.preadv
+    for code, cached in ((errno.EAGAIN, False), (errno.EOPNOTSUPP, True)):
+
+        def preadv(fd: int, views: list[bytearray], offset: int, *flags: int, code: int = code) -> int:
+            if flags:
+                raise OSError(code, os.strerror(code))
+            return real(fd, views, offset)
+
+        monkeypatch.setattr(os, "preadv", preadv)
+        with FileReader(path, io="pread") as reader:
+            assert reader._is_cached(0, 100) is cached
+    monkeypatch.undo()
+    with FileReader(path, io="pread") as reader:
+        assert reader._is_cached(0, len(DATA))  # just written, by way of the cache
+
+
+@direct_only
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("at", ["opening", "reading"])
+def test_a_file_system_without_direct_reads(
+    uncached: Path, monkeypatch: pytest.MonkeyPatch, code: int, at: str
+) -> None:
+    """It is read by way of the cache, and not asked again."""
+    asked = []
+    real_open, real_read = os.open, os.preadv
+
+    def refuse_open(path: object, flags: int, *rest: int) -> int:
+        if at == "opening" and flags & os.O_DIRECT:
+            asked.append(path)
+            raise OSError(code, os.strerror(code))
+        return real_open(path, flags & ~os.O_DIRECT, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse_open)
+        with FileReader(uncached, io="pread") as reader:
+
+            def refuse_read(fd: int, views: list[memoryview], offset: int) -> int:
+                if at == "reading" and fd == reader._direct_fd:
+                    asked.append(fd)
+                    raise OSError(code, os.strerror(code))
+                return real_read(fd, views, offset)
+
+            patch.setattr(os, "preadv", refuse_read)
+            for _ in range(3):
+                with reader.borrow(7, 1 << 20, Scratch(), "direct") as view:
+                    assert bytes(view) == LARGE[7 : 1 << 20]
+    assert len(asked) == 1
+
+
+@direct_only
+def test_a_direct_read_that_comes_short_is_completed(uncached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After whole blocks past the cache, after anything else by way of it."""
+    real = os.preadv
+    for at_most in (8192, 5001):
+        monkeypatch.setattr(os, "preadv", lambda fd, views, offset, n=at_most: real(fd, [views[0][:n]], offset))
+        with FileReader(uncached, io="pread") as reader, reader.borrow(9, 900_000, Scratch(), "direct") as view:
+            assert bytes(view) == LARGE[9:900_000]
+
+
+@direct_only
+def test_a_truncated_file_is_an_error_past_the_cache_too(uncached: Path) -> None:
+    """Not fewer bytes, and not the scratch buffer's old ones."""
+    with FileReader(uncached, io="pread") as reader:
+        os.truncate(uncached, 500_000)
+        with (
+            pytest.raises(SourceChangedError, match="truncated while it was read"),
+            reader.borrow(0, 1 << 20, Scratch(), "direct"),
+        ):
+            pass
+
+
+@direct_only
+def test_a_disk_that_fails_past_the_cache(uncached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is an error with path and offset, not a reason to try it the other way."""
+
+    def fail(*args: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with FileReader(uncached, io="pread") as reader:
+        monkeypatch.setattr(os, "preadv", fail)
+        with (
+            pytest.raises(CheckpointError, match="cannot read") as caught,
+            reader.borrow(5000, 1 << 20, Scratch(), "direct"),
+        ):
+            pass
+        assert (caught.value.path, caught.value.offset) == (str(uncached), 4096)
+
+
+@direct_only
+def test_a_name_that_is_another_files_by_now(uncached: Path) -> None:
+    """The file that was opened is read on, whatever its name stands for."""
+    with FileReader(uncached, io="pread") as reader:
+        other = uncached.with_name("other")
+        other.write_bytes(bytes(len(LARGE)))
+        os.replace(other, uncached)
+        with reader.borrow(0, 1 << 20, Scratch(), "direct") as view:
+            assert bytes(view) == LARGE[: 1 << 20]
+
+
+@direct_only
+def test_direct_reads_heed_the_lease(uncached: Path) -> None:
+    """Who reads nothing by the map must look all the same whether somebody waits for the file."""
+    with FileReader(uncached) as reader:
+        if not reader.is_mapped:
+            pytest.skip("no lease on this file system, or for this user")
+        assert not try_to_write(uncached)
+        with reader.borrow(0, 1 << 20, Scratch(), "direct") as view:
+            assert bytes(view) == LARGE[: 1 << 20]
+        assert not reader.is_mapped
+        assert try_to_write(uncached)
+
+
+def test_large_buffers_start_on_huge_pages() -> None:
+    """And have the length that was asked for, in pages."""
+    for size in (2 << 20, (4 << 20) + 1):
+        buffer = aligned_buffer(size)
+        assert len(buffer) == -(-size // PAGE) * PAGE
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            assert np.frombuffer(buffer, np.uint8).ctypes.data % (2 << 20) == 0
+        buffer[0] = buffer[-1] = 1
+
+
+@linux
+def test_populate_brings_the_pages_of_a_view(path: Path) -> None:
+    """They are resident then; those of a file that lost them are an error instead of a crash."""
+    with FileReader(path, io="mmap") as reader:
+        view = reader.view_of_map(0, len(DATA))
+        assert view is not None
+        assert resident_bytes(path) == 0
+        reader.populate(PAGE, 3 * PAGE)
+        assert resident_bytes(path) >= 2 * PAGE
+        reader.populate(5, 5)
+        with pytest.raises(SourceChangedError, match="outside the file"):
+            reader.populate(0, len(DATA) + 1)
+        os.truncate(path, PAGE)
+        with pytest.raises(SourceChangedError, match="can no longer be read"):
+            reader.populate(0, len(DATA))
+        del view
+
+
 # --- Reading goes wrong -----------------------------------------------------------------------------------------
 
 

@@ -180,6 +180,84 @@ def test_a_buffer_that_does_not_fit_is_refused(made: Path, buffer: Any, found: s
             partition.read_into("model.layers.1.f64.weight", buffer)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_load_brings_what_reading_one_by_one_brings(made: Path, source: Path, threads: int) -> None:
+    """Every tensor of a partition, empty and scalar ones too, with bytes, dtype, shape, in the mapping's order."""
+    expected = _true_bytes(source)
+    for part_id in range(2):
+        with open_partition(made / f"partition_{part_id}.json", threads=threads) as partition:
+            loaded = partition.load()
+            assert list(loaded) == list(partition)
+            for name, array in loaded.items():
+                alone = partition[name]
+                assert (array.dtype, array.shape) == (alone.dtype, alone.shape)
+                assert array.flags.writeable == alone.flags.writeable
+                assert array.tobytes() == expected[name], name
+
+
+def test_load_of_a_set_has_all_partitions(made: Path, source: Path, tmp_path: Path) -> None:
+    """Each tensor once; of a set that is not whole, what is here."""
+    expected = _true_bytes(source)
+    with open_set(made) as opened:
+        assert {name: array.tobytes() for name, array in opened.load().items()} == expected
+    part = Path(shutil.copytree(made, tmp_path / "part"))
+    (part / "partition_1.bin").unlink()
+    with open_set(part) as opened:
+        assert set(opened.load()) == set(opened.partition(0))
+
+
+def test_load_of_some_tensors(made: Path, source: Path) -> None:
+    """In the order asked for, an alias under its own name; a name that is not here is a KeyError."""
+    expected = _true_bytes(source)
+    with open_partition(made / "partition_1.json") as partition:
+        names = ["model.norm.weight", "lm_head.weight", BIG, "model.embed_tokens.weight"]
+        loaded = partition.load(names)
+        assert list(loaded) == names
+        assert loaded[BIG].tobytes() == expected[BIG]
+        assert loaded["lm_head.weight"].tobytes() == expected["model.embed_tokens.weight"]
+        assert partition.load([]) == {}
+        with pytest.raises(KeyError):
+            partition.load(["nothing"])
+
+
+def test_load_keeps_raw_tensors_as_views(raw: Path) -> None:
+    """They are not copied, and outlive the partition."""
+    with open_partition(raw / "partition_1.json") as partition:
+        loaded, view = partition.load(), partition[BIG]
+    assert loaded[BIG].ctypes.data == view.ctypes.data
+    assert not loaded[BIG].flags.writeable
+    assert loaded[BIG].tobytes() == view.tobytes()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", [BIG, "model.layers.1.f32.weight"])
+def test_load_finds_a_flipped_byte(made: Path, tmp_path: Path, name: str, threads: int) -> None:
+    """The error names tensor and offset, no thread is left, and without verification a view comes as it is."""
+    damaged = Path(shutil.copytree(made, tmp_path / "damaged"))
+    path, offset = _place(damaged, name)
+    flip(path, offset + 60)
+    with open_partition(path, threads=threads) as partition:
+        with pytest.raises(IntegrityError) as raised:
+            partition.load()
+        assert (raised.value.path, raised.value.tensor, raised.value.offset) == (str(path), name, offset)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("mmsplit-")]
+        others = [other for other in partition if other != name]
+        assert list(partition.load(others)) == others
+    if made.name == "raw":
+        with open_partition(path, threads=threads, verify=False) as partition:
+            assert partition.load().keys() == {name, *others}
+
+
+def test_load_of_a_raw_payload_that_shrank_is_an_error(raw: Path) -> None:
+    """Views are looked at before they are handed out: an error, where touching them would be a crash."""
+    path, offset = _place(raw, BIG)
+    with open_partition(path) as partition:
+        with path.open("r+b") as file:
+            file.truncate(offset)
+        with pytest.raises(IntegrityError):
+            partition.load()
+
+
 def _place(root: Path, name: str) -> tuple[Path, int]:
     """Payload and stored offset of a tensor's first chunk."""
     for part_id in range(2):
@@ -213,7 +291,7 @@ def test_a_raw_view_without_verification_reads_nothing(raw: Path, monkeypatch: p
     flip(path, offset + 60)
     with open_set(raw, verify=False) as opened:
         assert BIG in opened  # opens the partitions
-        monkeypatch.setattr("mmsplit.verbs.load.xxhash", None)
+        monkeypatch.setattr("mmsplit.sidecar.chunk_loader.xxhash", None)
         assert opened[BIG].shape == (5, MIB)
         buffer = bytearray(10 * MIB)
         partition = opened.partition(1)

@@ -62,6 +62,13 @@ def test_result_names_shards_and_digests(made: Path, source: Path, tmp_path: Pat
     assert tree(tmp_path / "out") == tree(source)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 6])
+def test_any_number_of_threads_gives_the_same_files(made: Path, source: Path, tmp_path: Path, threads: int) -> None:
+    """One shard at a time, or several side by side."""
+    merge(made, tmp_path / "out", threads=threads)
+    assert tree(tmp_path / "out") == tree(source)
+
+
 @pytest.mark.parametrize("name", ["partition_1.json", "partition_1.bin"])
 def test_a_missing_partition_is_named(damaged: Path, tmp_path: Path, name: str) -> None:
     """Merging needs all; which is missing is said before anything is written."""
