@@ -42,6 +42,8 @@ def bench(work: Work) -> Result:
             continue
         peer = _side(library, plain, seen, cold)
         compared.append(harness.compare(f"load, against {library}, cold", moved, ours, peer, work.pairs))
+        ready = ours.with_memory_ready(), peer.with_memory_ready()
+        compared.append(harness.compare(f"load, against {library}, cold, memory ready", moved, *ready, work.pairs))
     result.comparisons = compared
     result.targets = [_target(comparison) for comparison in compared]
     return result
