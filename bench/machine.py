@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Final
@@ -23,8 +24,18 @@ def describe(directory: Path) -> dict[str, object]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
         "file_system": _file_system(directory),
-        "load_average_before": round(os.getloadavg()[0], 2),
+        "busy_cores_before": round(busy_cores(), 2),
     }
+
+
+def busy_cores(seconds: float = 3.0) -> float:
+    """Return how many processors others keep busy, seen over some seconds in which this process sleeps.
+
+    Not the load average: it remembers the benchmark that ran before.
+    """
+    before, started = _cpu_seconds(), time.monotonic()
+    time.sleep(seconds)
+    return (_cpu_seconds() - before) / (time.monotonic() - started)
 
 
 def versions() -> dict[str, str]:
@@ -43,6 +54,13 @@ def versions() -> dict[str, str]:
     found["coreutils"] = _number(_first_line("cp", "--version"))
     found["zstd"] = _number(_first_line("zstd", "--version"))
     return {name: version for name, version in found.items() if version}
+
+
+def _cpu_seconds() -> float:
+    """Seconds that all processors together have worked since the machine started: all but idle and waiting for disks."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _cpu_model() -> str:

@@ -17,6 +17,8 @@ import run_all
 
 _README: Final = harness.BENCH / "README.md"
 _MARKERS: Final = ("<!-- figures: written by report.py -->", "<!-- end of figures -->")
+#: Others may keep this much of the processors busy without showing in the figures.
+_QUIET_CORES: Final = 0.1
 _FEWEST_PAIRS: Final = 5
 _CODEC: Final = "codec_vs_zipnn"
 _CODEC_COLUMNS: Final = ("encode, 1 thread", "encode, 2 threads", "decode, 1 thread", "decode, 2 threads")
@@ -76,7 +78,7 @@ def _targets(results: dict[str, dict[str, Any]]) -> Iterator[str]:
 def _warnings(results: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Say which figures are not worth much, and why."""
     trials = [name for name, result in results.items() if result["trial"]]
-    busy = [name for name, result in results.items() if result["machine"]["load_average_before"] > run_all.QUIET_LOAD]
+    busy = [name for name, result in results.items() if result["machine"].get("busy_cores_before", 1) > _QUIET_CORES]
     few = [name for name, result in results.items() if result["pairs"] < _FEWEST_PAIRS]
     for names, why in (
         (trials, "made with --small: a trial, not figures"),

@@ -9,7 +9,6 @@ Checkpoints are made once and removed at the end.  A benchmark that fails is nam
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -27,15 +26,10 @@ NAMES: Final = (
     "codec_vs_zipnn",
     "memory",
 )
-#: Above this load average the machine is at other work, and figures say so.
-QUIET_LOAD: Final = 0.5
 
 
 def main() -> None:
     options = _arguments()
-    load = os.getloadavg()[0]
-    if load > QUIET_LOAD:
-        print(f"note: the load average is {load:.2f}; other work on this machine will show in the figures", flush=True)
     failed = [] if _run("harness.py", "--self-check", *_directory(options)) else ["harness.py --self-check"]
     if not failed:
         try:
