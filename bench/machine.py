@@ -57,7 +57,7 @@ def versions() -> dict[str, str]:
 
 
 def _cpu_seconds() -> float:
-    """Seconds that all processors together have worked since the machine started: all but idle and waiting for disks."""
+    """Seconds that all processors together have worked since the machine started."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

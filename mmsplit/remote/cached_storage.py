@@ -72,11 +72,13 @@ class CachedReaders:
                 return
             self._asked.add(shard)
             self._waiting.append(shard)
+            starts = self._group is None
             if self._group is None:
                 self._group = WorkerGroup(self.cancel)
-                for number in range(self._files_at_once):
-                    self._group.start(f"download-{number}", self._fetch_all)
             self._changed.notify_all()
+        if starts:  # without the lock: if a thread cannot be had, those that run need it to end
+            for number in range(self._files_at_once):
+                self._group.start(f"download-{number}", self._fetch_all)
 
     def lend(self, shard: str) -> AbstractContextManager[FileReader]:
         """Lend the reader of a shard as soon as it has arrived."""

@@ -9,6 +9,8 @@ from pathlib import PurePosixPath
 from typing import Final
 
 from mmsplit.checkpoint import Identity, IoMode, RangeReader, Scratch
+from mmsplit.errors import IntegrityError
+from mmsplit.remote.content_hash import ContentHash
 from mmsplit.remote.range_fetcher import RangeFetcher
 from mmsplit.remote.remote_file import RemoteFile
 from mmsplit.remote.repository import HubRepository
@@ -95,12 +97,30 @@ class HubStorage:
         with self._lock:
             if name in self._kept:
                 return self._kept[name]
-        data = self.repository.read_file(name, _MAX_FILE_BYTES)
+        data = self._fetch_file(name)
         with self._lock:
             if self._kept_bytes + len(data) <= _KEPT_BYTES and name not in self._kept:
                 self._kept[name] = data
                 self._kept_bytes += len(data)
         return data
+
+    def _fetch_file(self, name: str) -> bytes:
+        """Fetch a file, once more if it arrives other than the Hub lists it."""
+        file, found = self.repository.file(name), ""
+        for _ in range(2):
+            data = self.repository.read_file(name, _MAX_FILE_BYTES)
+            content = ContentHash(file)
+            content.update(data)
+            found = content.etag()
+            if found == file.etag:
+                return data
+        raise IntegrityError(
+            "what arrived is not what the Hub has, twice",
+            path=self.location_of(name),
+            expected=file.etag,
+            found=found,
+            hint="Suspect a proxy in between; run again later.",
+        )
 
     def identity_of(self, name: str) -> Identity:
         """Length, and what the Hub calls the content."""

@@ -91,9 +91,13 @@ class RangeFetcher:
                 last = _Request(name, start, stop)
                 self._waiting.append(last)
             self._requests.setdefault((name, start), deque()).append(last)
+            starts = self._group is None
             if self._group is None:
-                self._start()
+                self._group = WorkerGroup(self._fail)
             self._changed.notify_all()
+        if starts:  # without the lock: if a thread cannot be had, those that run need it to end
+            for number in range(self._connections):
+                self._group.start(f"fetch-{number}", self._fetch_all)
 
     def is_announced(self, name: str, start: int) -> bool:
         """Whether a range that starts there was announced and not borrowed yet."""
@@ -145,11 +149,6 @@ class RangeFetcher:
                 self._group.join()
             except Exception:
                 pass  # raised where somebody waited for the bytes; if nobody did, nobody needs them
-
-    def _start(self) -> None:
-        self._group = WorkerGroup(self._fail)
-        for number in range(self._connections):
-            self._group.start(f"fetch-{number}", self._fetch_all)
 
     def _fail(self) -> None:
         with self._changed:

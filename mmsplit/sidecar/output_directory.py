@@ -88,7 +88,8 @@ class OutputDirectory:
             self._require_same(state, identity, existing, "an unfinished split")
             self.small_files = self._recorded_small_files()
             if part_ids is not None:
-                own = {name for name in os.listdir(self.path) if _part_id_of(name) in part_ids}
+                # Killed between the set manifest and the end of the state, a run leaves both.
+                own = {name for name in os.listdir(self.path) if _part_id_of(name) in (None, *part_ids)}
                 self.neighbours = self._finished_partitions(identity, own)
             return "unfinished"
         if manifest_path.exists():

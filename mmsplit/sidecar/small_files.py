@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from mmsplit.checkpoint import Storage
-from mmsplit.errors import CheckpointError, IntegrityError, OutputExistsError
+from mmsplit.errors import CheckpointError, IntegrityError, OutputExistsError, SourceChangedError
 from mmsplit.sidecar.output_files import output_errors, write_whole_file
 from mmsplit.sidecar.set_manifest import FileEntry
 
@@ -70,6 +70,10 @@ def copy_small_files(source: Storage, entries: Sequence[FileEntry], target: Path
     for entry in entries:
         place = target / entry.name
         data = source.read_file(entry.name)
+        if _sha256(data) != entry.sha256:
+            raise SourceChangedError(
+                "file of the model changed while it was read", path=source.location_of(entry.name), hint="Run again."
+            )
         with output_errors(place):
             if place.is_file() and place.read_bytes() == data:
                 continue

@@ -36,13 +36,17 @@ class PartitionRun:
         """Yield all slots in payload order."""
         return iter_slots(iter_stored(self.partition))
 
+    def shards(self) -> set[str]:
+        """Names of the shards that it has bytes of."""
+        return {tensor.shard for _, tensor in iter_stored(self.partition)}
+
     def recover(self, distrusted: Collection[str], on_slot: Callable[[Slot], None]) -> int:
         """Take over what an earlier run left intact; return its raw bytes.
 
         A finished partition counts as a whole or not at all, an unfinished one by its leading slots.  Nothing is
         believed that holds bytes of the `distrusted` shards: those arrived other than they were sent.
         """
-        if not any(tensor.shard in distrusted for _, tensor in iter_stored(self.partition)):
+        if self.shards().isdisjoint(distrusted):
             if self.writer.adopt_finished(self.slots(), self.manifest_path, on_slot):
                 return self.partition.total_bytes
         else:

@@ -20,8 +20,10 @@ from mmsplit.codec import ENCODER, CodecName
 from mmsplit.errors import IntegrityError, OutputExistsError, SourceChangedError
 from mmsplit.planning import Plan
 from mmsplit.sidecar.chunk_copier import ChunkCopier
+from mmsplit.sidecar.manifest import manifest_name
 from mmsplit.sidecar.manifest_builder import Origin
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory, free_bytes
+from mmsplit.sidecar.partition_reader import open_partition_files
 from mmsplit.sidecar.repeated_chunks import RepeatedChunks
 from mmsplit.sidecar.set_manifest import (
     SET_MANIFEST_NAME,
@@ -33,10 +35,11 @@ from mmsplit.sidecar.set_manifest import (
     format_set_manifest,
     parse_set_manifest,
 )
+from mmsplit.sidecar.set_reader import open_partition_of_set
 from mmsplit.sidecar.slot_encoder import SlotEncoder
 from mmsplit.sidecar.small_files import copy_small_files, read_small_files, require_free_names
 from mmsplit.splitting.partition_run import PartitionRun, entry_of
-from mmsplit.splitting.same_weights import require_same_weights
+from mmsplit.splitting.same_weights import require_same_codec, require_same_weights
 from mmsplit.splitting.slot_jobs import SlotJob, iter_jobs, make_slot, ranges_of, sample_ratio
 from mmsplit.splitting.stored_shards import StoredShard, StoredShardHasher, find_stored_shards
 from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup
@@ -132,6 +135,7 @@ class SplitRun:
         self._files: dict[str, list[str]] = {}
         self._resumed_bytes = 0
         self._needed_bytes = 0
+        self._checks_what_is_stored = self._is_remote
 
     def execute(self, existing: Existing) -> SplitResult:
         """Write what is missing.  Raises any branch of `MmsplitError`."""
@@ -145,6 +149,7 @@ class SplitRun:
         ]
         if found != "nothing":
             self._recover(runs)
+        self._require_fitting_partitions(runs)
         with self._checkpoint.open_readers(self._options.io) as readers:
             self._require_space(runs, readers)
             files = read_small_files(self._checkpoint.storage, self._checkpoint.small_files)
@@ -198,8 +203,10 @@ class SplitRun:
     def _finished_set(self) -> SetManifest:
         path = self._out.path / SET_MANIFEST_NAME
         manifest = parse_set_manifest(path.read_bytes(), str(path))
-        if not self._is_remote:  # a commit has no other weights
-            require_same_weights(self._checkpoint, self._out.path, manifest)
+        for entry in manifest.partitions:
+            with open_partition_of_set(self._out.path, manifest, entry.part_id, "pread") as partition:
+                if not self._is_remote:  # a commit has no other weights
+                    require_same_weights(self._checkpoint, partition)
         if self._options.source_sha256 and any(shard.sha256 is None for shard in manifest.shards):
             raise OutputExistsError(
                 "output holds a finished partition set without the SHA-256 of its source",
@@ -225,6 +232,10 @@ class SplitRun:
             "files": self._files,
             "shard_sha256": self._shard_sha256,
             "distrusted": sorted(self._distrusted),
+            "published": {
+                shard.name: self._checkpoint.published_sha256(shard.name) for shard in self._checkpoint.shards
+            },
+            "checks_what_is_stored": self._checks_what_is_stored,
         }
         self._out.write_state({**self._identity(), **known})
 
@@ -236,18 +247,37 @@ class SplitRun:
         state = self._out.read_state()
         if state:
             self._require_same_shards(state)
+            # Bytes of an earlier run may have come over the network, although the cache has the shards by now.
+            self._checks_what_is_stored |= state.get("checks_what_is_stored") is True
         digests, distrusted = state.get("shard_sha256"), state.get("distrusted")
         self._shard_sha256 = dict(digests) if isinstance(digests, dict) else {}
         self._distrusted = set(distrusted) if isinstance(distrusted, list) else set()
         counter = ProgressCounter("re-hash", self._planned_bytes(), self._progress)
         for run in runs:
             self._resumed_bytes += run.recover(self._distrusted, lambda slot: counter.add(slot.raw_bytes))
+            if self._checks_what_is_stored and not run.writer.is_finished:
+                # What is made again must be checked again.
+                for shard in run.shards():
+                    self._shard_sha256.pop(shard, None)
+
+    def _require_fitting_partitions(self, runs: Sequence[PartitionRun]) -> None:
+        """Hold finished partitions that this run did not make, and no state speaks for, to codec and weights."""
+        adopted = {run.partition.part_id for run in runs if run.writer.is_finished}
+        for part_id in sorted(self._out.neighbours | adopted):
+            with open_partition_files(self._out.path / manifest_name(part_id), "pread") as partition:
+                require_same_codec(partition, self._options.codec)
+                if not self._is_remote:
+                    require_same_weights(self._checkpoint, partition)
 
     def _require_same_shards(self, state: object) -> None:
+        """Raise unless each shard is the very file the earlier run read, or one that the Hub publishes as the same."""
         fingerprints = state.get("fingerprints") if isinstance(state, dict) else None
+        published = state.get("published") if isinstance(state, dict) else None
         for shard in self._checkpoint.shards:
             before = fingerprints.get(shard.name) if isinstance(fingerprints, dict) else None
-            if before != list(shard.identity):
+            digest = published.get(shard.name) if isinstance(published, dict) else None
+            same_content = digest is not None and digest == self._checkpoint.published_sha256(shard.name)
+            if before != list(shard.identity) and not same_content:
                 raise SourceChangedError(
                     "shard is not the one the unfinished split read: it was changed, copied or moved since",
                     path=shard.location,
@@ -274,7 +304,7 @@ class SplitRun:
             for run in unfinished:
                 run.writer.cancel()
 
-        to_check = self._shards_to_check(runs) if self._is_remote else []
+        to_check = self._shards_to_check(runs) if self._checks_what_is_stored else []
         checked_bytes = sum(stored.shard.size_bytes - stored.shard.header_bytes for stored in to_check)
         counter = ProgressCounter("split", self._planned_bytes() + checked_bytes, self._progress)
         counter.add(self._resumed_bytes)
@@ -294,11 +324,11 @@ class SplitRun:
                 return lambda shard: self._record_sha256(shard.name, hasher.sha256(shard.name))
 
             def make_checker() -> Callable[[StoredShard], None]:
-                hasher = StoredShardHasher(self._out.path, self._checkpoint.read_header, group.go_on)
+                hasher = StoredShardHasher(self._out.path, self._kept_header, group.go_on)
                 return lambda stored: self._check(stored, runs, hasher, counter.add)
 
             group.start_many("encode", threads + _EXTRA_THREADS, JobStream(jobs), make_encoder)
-            if self._is_remote:
+            if self._checks_what_is_stored:
                 group.start_many("check", threads, JobStream(iter(to_check)), make_checker)
             else:
                 group.start_many("hash", max(1, threads // 2), JobStream(iter(self._shards_to_hash(runs))), make_hasher)
@@ -328,6 +358,9 @@ class SplitRun:
         stored = find_stored_shards(self._checkpoint.shards, partitions)
         return [item for item in stored if item.shard.name not in self._shard_sha256]
 
+    def _kept_header(self, shard: str) -> bytes:
+        return self._kept_headers[shard].data(shard)
+
     def _check(
         self,
         stored: StoredShard,
@@ -342,7 +375,7 @@ class SplitRun:
         found = hasher.sha256(stored, on_bytes)
         name = stored.shard.name
         published = self._checkpoint.published_sha256(name)
-        if published not in (None, found):
+        if found is None or published not in (None, found):
             with self._state_lock:
                 self._distrusted.add(name)
                 self._write_state()
@@ -350,10 +383,20 @@ class SplitRun:
                 "what arrived of this shard is not what the Hub has: its SHA-256 is not the published one",
                 path=stored.shard.location,
                 expected=published,
-                found=found,
-                hint="Run the same command again with --resume: what came of this shard is fetched anew.",
+                found=found or "copies of a tied weight that differ",
+                hint=self._fetch_again_hint(stored, runs),
             )
         self._record_sha256(name, f"sha256:{found}")
+
+    def _fetch_again_hint(self, stored: StoredShard, runs: Collection[PartitionRun]) -> str:
+        others = sorted(set(stored.part_ids) - {run.partition.part_id for run in runs})
+        if others:
+            these = ",".join(map(str, stored.part_ids))
+            return f"It may have come with an earlier run: fetch these partitions again with --only {these} --force."
+        return (
+            "Run the same command again with --resume: what came of this shard is fetched anew."
+            " With --keep-source, first let mmsplit download --verify mend the cache."
+        )
 
     def _record_sha256(self, shard: str, digest: str) -> None:
         with self._state_lock:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmsplit.checkpoint import Scratch, Shard
 from mmsplit.codec import ChunkDecoder
@@ -25,7 +26,7 @@ from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files
 
 
 class StoredShard(NamedTuple):
-    """A shard whose bytes after the header are all in partitions `part_ids`, in order."""
+    """A shard whose bytes after the header are all in partitions `part_ids`, in order; copies of them, too."""
 
     shard: Shard
     part_ids: tuple[int, ...]
@@ -33,19 +34,21 @@ class StoredShard(NamedTuple):
 
 def find_stored_shards(shards: Sequence[Shard], partitions: Sequence[PlannedPartition]) -> list[StoredShard]:
     """Return the shards of which every tensor is in `partitions`, those first that are complete first."""
-    home: dict[str, dict[tuple[int, int], int]] = {shard.name: {} for shard in shards}
+    ranges: dict[str, set[tuple[int, int]]] = {shard.name: set() for shard in shards}
+    part_ids: dict[str, set[int]] = {shard.name: set() for shard in shards}
     for partition in partitions:
         for _, tensor in iter_stored(partition):
-            home[tensor.shard].setdefault((tensor.start_offset, tensor.stop_offset), partition.part_id)
+            ranges[tensor.shard].add((tensor.start_offset, tensor.stop_offset))
+            part_ids[tensor.shard].add(partition.part_id)
     found = []
     for shard in shards:
         position = shard.header_bytes
-        for start, stop in sorted(home[shard.name]):
+        for start, stop in sorted(ranges[shard.name]):
             if start != position:
                 break
             position = stop
         if position == shard.size_bytes:
-            found.append(StoredShard(shard, tuple(sorted(set(home[shard.name].values())))))
+            found.append(StoredShard(shard, tuple(sorted(part_ids[shard.name]))))
     return sorted(found, key=lambda stored: (stored.part_ids[-1:], stored.shard.name))
 
 
@@ -61,8 +64,8 @@ class StoredShardHasher:
         self._scratch = Scratch()
         self._chunk = np.empty(CHUNK_BYTES, np.uint8).data
 
-    def sha256(self, stored: StoredShard, on_bytes: Callable[[int], None]) -> str:
-        """Return 64 hex digits; the partitions must be finished.
+    def sha256(self, stored: StoredShard, on_bytes: Callable[[int], None]) -> str | None:
+        """Return 64 hex digits; None if two partitions have other bytes of the same tensor.  All must be finished.
 
         Reports the length of each chunk to `on_bytes`.  Raises `IntegrityError` for what cannot be decoded.
         """
@@ -73,8 +76,11 @@ class StoredShardHasher:
                 path = self._directory / manifest_name(part_id)
                 partition = stack.enter_context(open_partition_files(path, "pread"))
                 for tensor in partition.tensors:
-                    if tensor.shard == stored.shard.name and tensor.chunk_count:
-                        places.setdefault(tensor.source_start, (partition, tensor))
+                    if tensor.shard != stored.shard.name or not tensor.chunk_count:
+                        continue
+                    first = places.setdefault(tensor.source_start, (partition, tensor))
+                    if not np.array_equal(_raw_checksums(*first), _raw_checksums(partition, tensor)):
+                        return None
             for start in sorted(places):
                 partition, tensor = places[start]
                 for chunk in range(tensor.first_chunk, tensor.first_chunk + tensor.chunk_count):
@@ -99,3 +105,7 @@ class StoredShardHasher:
                 hint="Suspect the disk or the memory; remove this file and run again with --resume.",
             ) from error
         return raw
+
+
+def _raw_checksums(partition: OpenPartition, tensor: TensorEntry) -> NDArray[np.uint64]:
+    return partition.index["raw_xxh3"][tensor.first_chunk : tensor.first_chunk + tensor.chunk_count]

@@ -152,6 +152,12 @@ def _keep_finished(out: Path, shards: Sequence[ShardEntry], resume: bool) -> lis
                 path=path,
                 hint="Choose another directory, or use --resume to keep shards that are right and make the rest.",
             )
+        if shard.sha256 is None:
+            raise OutputExistsError(
+                "no SHA-256 of this shard was recorded: a file that is there cannot be told from another",
+                path=path,
+                hint="Remove it, or choose another directory.",
+            )
         found = "" if path.stat().st_size != shard.size_bytes else _sha256_of(path)
         if found != shard.sha256:
             raise OutputExistsError(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from checkpoints import CAUSAL_CONFIG, MIB, Weight, write_checkpoint
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from loopback_hub import Fault, LoopbackHub
 
 import mmsplit
@@ -21,6 +22,7 @@ from mmsplit.remote import http_client
 from mmsplit.remote.hub_storage import HubReaders
 from mmsplit.remote.patience import Clock
 from mmsplit.remote.source import HubOptions
+from mmsplit.workers import Progress
 
 ID = "org/model"
 FILES = {"config.json": CAUSAL_CONFIG, "tokenizer.json": b'{"version": 1}', "sub/extra.json": b"[]"}
@@ -315,3 +317,87 @@ def test_verify_against_the_hub(model: Path, hub: LoopbackHub, options: HubOptio
     hub.move_main(ID, {shard.name: bytes(data)})
     result = mmsplit.verify(tmp_path / "out", against=ID, hub=options)
     assert [fault.file.rpartition("/")[2] for fault in result.problems] == [shard.name]
+
+
+class Torn(Exception):  # noqa: N818 - nothing failed
+    """What a run is ended with in the middle."""
+
+
+def torn(after_bytes: int) -> Callable[[Progress], None]:
+    """A progress callback that ends the run."""
+
+    def callback(progress: Progress) -> None:
+        if progress.done_bytes >= after_bytes:
+            raise Torn
+
+    return callback
+
+
+def flip_next_weights(hub: LoopbackHub, model: Path, shard: str) -> None:
+    """One bit of each block of the next request for a shard is not what it was."""
+    digest = hashlib.sha256((model / shard).read_bytes()).hexdigest()
+    hub.faults.append(Fault("flip", match=f"cdn GET */blobs/{digest}*", times=1))
+
+
+def test_what_is_fetched_again_is_checked_again(
+    model: Path, hub: LoopbackHub, options: HubOptions, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A partition that is gone takes the digests of its shards with it, although they were found right once."""
+    out = tmp_path / "out"
+    checkpoint = mmsplit.open_source(ID, options)
+    last = sorted(shard.name for shard in checkpoint.shards)[-1]
+    flip_next_weights(hub, model, last)
+    with pytest.raises(IntegrityError, match="not the published one"):
+        mmsplit.split(checkpoint, out, 3, tied="reference", threads=1)
+    (out / "partition_0.bin").unlink()
+    checkpoint = mmsplit.open_source(ID, options)
+    flip_next_weights(hub, model, sorted(shard.name for shard in checkpoint.shards)[0])
+    with pytest.raises(IntegrityError, match="not the published one"):
+        mmsplit.split(checkpoint, out, 3, tied="reference", existing="resume")
+    hub.clear()
+    mmsplit.split(ID, out, 3, tied="reference", existing="resume", hub=options)
+    mmsplit.merge(out, tmp_path / "merged")
+    assert tree(tmp_path / "merged") == tree(model)
+
+
+def test_copy_of_a_tied_weight_that_came_by_itself_is_compared(
+    model: Path, hub: LoopbackHub, options: HubOptions, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A merge would never look at it; the hint says what to fetch again."""
+    out = tmp_path / "out"
+    mmsplit.split(ID, out, 3, only=[0, 1], hub=options)
+    checkpoint = mmsplit.open_source(ID, options)
+    flip_next_weights(hub, model, sorted(shard.name for shard in checkpoint.shards)[0])
+    with pytest.raises(IntegrityError, match="copies of a tied weight that differ") as caught:
+        mmsplit.split(checkpoint, out, 3, only=[2])
+    assert "--only 0,2 --force" in str(caught.value) or "--only 0,1,2 --force" in str(caught.value)
+    hub.clear()
+    mmsplit.split(ID, out, 3, only=[2], existing="force", hub=options)
+    assert tree(out) == expected
+
+
+def test_small_file_that_arrives_wrong(hub: LoopbackHub, options: HubOptions, tmp_path: Path) -> None:
+    """Once, it is fetched again; whenever it is fetched, that is an error."""
+    hub.faults.append(Fault("flip", match="hub GET *tokenizer.json*", times=1))
+    mmsplit.split(ID, tmp_path / "out", 3, hub=options)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == FILES["tokenizer.json"]
+    hub.faults.append(Fault("flip", match="hub GET *tokenizer.json*", times=-1))
+    with pytest.raises(IntegrityError, match="not what the Hub has, twice"):
+        mmsplit.split(ID, tmp_path / "other", 3, hub=options)
+
+
+@pytest.mark.parametrize("keep_source", [True, False])
+def test_unfinished_run_goes_on_from_shards_that_are_in_the_cache_by_now(
+    hub: LoopbackHub, options: HubOptions, expected: dict[str, bytes], tmp_path: Path, keep_source: bool
+) -> None:
+    """The files have another identity there, and are the same."""
+    out = tmp_path / "out"
+    kept = options._replace(keep_source=keep_source)
+    with pytest.raises(Torn):
+        mmsplit.split(ID, out, 3, hub=kept, progress=torn(25 * MIB))
+    snapshot_download(ID, endpoint=hub.endpoint, cache_dir=options.cache_dir)
+    hub.clear()
+    result = mmsplit.split(ID, out, 3, existing="resume", hub=kept)
+    assert result.resumed_bytes > 0
+    assert tree(out) == expected
+    assert hub.requests_to("cdn") == []

@@ -263,12 +263,35 @@ def test_a_finished_set_without_the_sha256_that_is_asked_for(source: Path, tmp_p
 
 def test_split_for_nodes(source: Path, tmp_path: Path) -> None:
     """Partition k is what the k-th node gets; whoever names nodes and a number of partitions is asked which."""
-    text = "".join(
-        f'[[node]]\nname = "{name}"\nmemory = {memory}\n' for name, memory in (("a", MIB), ("b", MIB))
-    )
+    text = "".join(f'[[node]]\nname = "{name}"\nmemory = {memory}\n' for name, memory in (("a", MIB), ("b", MIB)))
     nodes = NodeRequest(nodes=parse_nodes(text, "nodes.toml"))
     result = split(source, tmp_path / "out", nodes=nodes)
     assert [part.node for part in result.plan.partitions] == ["a", "b"]
     assert result.plan.digest == plan(source, nodes=nodes).digest
     with pytest.raises(PlanError, match="nodes and num_parts both say how to cut"):
         split(source, tmp_path / "other", 2, nodes=nodes)
+
+
+def test_single_partitions_must_be_of_one_codec_and_of_the_same_weights(source: Path, tmp_path: Path) -> None:
+    """A fine-tune has the same headers; what is there already is held to a chunk of each layer."""
+    split(source, tmp_path / "out", 2, only=[0])
+    before = tree(tmp_path / "out")
+    with pytest.raises(OutputExistsError, match="another codec"):
+        split(source, tmp_path / "out", 2, only=[1], codec="raw")
+    weights = llama_weights(3)
+    files = {"config.json": CAUSAL_CONFIG, "code/modeling.py": b"pass"}
+    tuned = write_checkpoint(tmp_path / "tuned" / source.name, [weights[:4], weights[4:]], files=files, seed=5)
+    with pytest.raises(OutputExistsError, match="other weights"):
+        split(tuned, tmp_path / "out", 2, only=[1])
+    assert tree(tmp_path / "out") == before
+    result = split(source, tmp_path / "out", 2, only=[1])
+    split(source, tmp_path / "whole", 2)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert result.manifest is not None
+
+
+def test_there_is_no_such_partition(source: Path, tmp_path: Path) -> None:
+    for only in ([2], [-1], []):
+        with pytest.raises(RequestError):
+            split(source, tmp_path / "out", 2, only=only)
+    assert not (tmp_path / "out").exists()
