@@ -24,7 +24,7 @@ from mmsplit.errors import OfflineError, RequestError
 from mmsplit.planning import By, Plan, TiedMode
 from mmsplit.remote.address import HubAddress, parse_hub_address
 from mmsplit.remote.hub_cache import HubCache
-from mmsplit.remote.hub_storage import DEFAULT_CONNECTIONS
+from mmsplit.remote.remote_file import DEFAULT_CONNECTIONS
 from mmsplit.remote.repository import HubRepository, cached_snapshot, hub_endpoint, open_repository
 from mmsplit.remote.source import HubOptions
 from mmsplit.sidecar.output_directory import Existing

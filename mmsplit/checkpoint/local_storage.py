@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from mmsplit.checkpoint.file_reader import FileReader, Fingerprint, IoMode
+from mmsplit.checkpoint.file_reader import FileReader, Fingerprint, IoMode, fingerprint_of
 from mmsplit.checkpoint.reader_pool import ReaderPool
 from mmsplit.checkpoint.storage import Identity
 from mmsplit.checkpoint.weights_index import SUFFIX
@@ -89,8 +89,11 @@ class LocalStorage:
 
     def identity_of(self, name: str) -> Identity:
         """Size, time, inode and device of a shard."""
-        with self._open(name, "pread") as reader:
-            return reader.fingerprint
+        path = self._directory / name
+        try:
+            return fingerprint_of(path)
+        except OSError as error:
+            raise CheckpointError(f"cannot open: {error.strerror}", path=path) from error
 
     def require_unchanged(self, identities: Mapping[str, Identity]) -> None:
         """Look at each shard once more."""

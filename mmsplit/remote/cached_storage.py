@@ -14,7 +14,8 @@ from mmsplit.errors import SourceChangedError
 from mmsplit.remote.disk import require_space
 from mmsplit.remote.downloader import Downloader, Found, Presence
 from mmsplit.remote.hub_cache import HubCache
-from mmsplit.remote.hub_storage import DEFAULT_CONNECTIONS, HubStorage
+from mmsplit.remote.hub_storage import HubStorage
+from mmsplit.remote.remote_file import DEFAULT_CONNECTIONS
 from mmsplit.remote.repository import HubRepository
 from mmsplit.workers import Stopped, WorkerGroup
 

@@ -12,12 +12,11 @@ from mmsplit.checkpoint import Identity, IoMode, RangeReader, Scratch
 from mmsplit.errors import IntegrityError
 from mmsplit.remote.content_hash import ContentHash
 from mmsplit.remote.range_fetcher import RangeFetcher
-from mmsplit.remote.remote_file import RemoteFile
+from mmsplit.remote.remote_file import DEFAULT_CONNECTIONS, RemoteFile
 from mmsplit.remote.repository import HubRepository
 from mmsplit.remote.transfer_log import TrafficSnapshot
 from mmsplit.workers import JobStream, WorkerGroup
 
-DEFAULT_CONNECTIONS: Final = 8
 #: Asked for where nothing says how long a header is; most are shorter.
 _HEADER_GUESS_BYTES: Final = 64 << 10
 #: Per tensor of a header beside its name: `:{"dtype":"BF16","shape":[4096,14336],"data_offsets":[0,117440512]},`

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from typing import Final
 
 from mmsplit.errors import RequestError
 
+#: Ranges, or files, that are fetched at once unless somebody says otherwise.
+DEFAULT_CONNECTIONS: Final = 8
 #: Called between two blocks, and while waiting; raises to give up.
 GoOn = Callable[[], None]
 

@@ -9,9 +9,7 @@ from mmsplit.checkpoint import Checkpoint, LocalStorage, choose_checkpoint_files
 from mmsplit.checkpoint.directory import CheckpointFiles
 from mmsplit.errors import OfflineError, RequestError
 from mmsplit.remote.address import HubAddress, parse_hub_address
-from mmsplit.remote.cached_storage import CachedHubStorage
-from mmsplit.remote.hub_storage import DEFAULT_CONNECTIONS, HubStorage
-from mmsplit.remote.repository import cached_snapshot, hub_endpoint, open_repository
+from mmsplit.remote.remote_file import DEFAULT_CONNECTIONS
 
 
 class HubOptions(NamedTuple):
@@ -54,6 +52,8 @@ def hub_address_of(source: str | Path, hub: HubOptions | None = None) -> HubAddr
     """Return the model of the Hub that `source` stands for, with the revision asked for; None if it is a path."""
     if not isinstance(source, str) or Path(source).exists():
         return None
+    from mmsplit.remote.repository import hub_endpoint
+
     hub = hub or HubOptions()
     address = parse_hub_address(source, hub_endpoint(hub.endpoint))
     if address is None:
@@ -66,6 +66,11 @@ def hub_address_of(source: str | Path, hub: HubOptions | None = None) -> HubAddr
 
 
 def _open_on_hub(address: HubAddress, hub: HubOptions, allow_unknown_dtypes: bool) -> Checkpoint:
+    # Here, so that whoever has a path does not wait for what reaches the Hub.
+    from mmsplit.remote.cached_storage import CachedHubStorage
+    from mmsplit.remote.hub_storage import HubStorage
+    from mmsplit.remote.repository import cached_snapshot, open_repository
+
     if hub.connections < 1:
         raise RequestError("cannot work without a connection", found=hub.connections)
     try:

@@ -14,7 +14,8 @@ from mmsplit.remote.content_hash import add_nothing
 from mmsplit.remote.disk import download_errors, require_space
 from mmsplit.remote.downloader import Downloader, Fetched, Found, Presence
 from mmsplit.remote.hub_cache import HubCache, LocalFolder, Place
-from mmsplit.remote.hub_storage import DEFAULT_CONNECTIONS, HubStorage
+from mmsplit.remote.hub_storage import HubStorage
+from mmsplit.remote.remote_file import DEFAULT_CONNECTIONS
 from mmsplit.remote.repository import HubRepository, cached_snapshot, hub_endpoint, open_repository
 from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup
 
