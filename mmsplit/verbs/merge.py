@@ -1,6 +1,7 @@
 """`merge`: all partitions back to the original shards, byte for byte.
 
-A shard gets its name only if the SHA-256 of the bytes that were written is the one that split recorded.
+A shard gets its name only if the SHA-256 of the memory that was written, and synced, is the one that split recorded.
+Whoever does not trust the disk reads the shards once more, with `sha256sum` or `verify --against`.
 """
 
 from __future__ import annotations
