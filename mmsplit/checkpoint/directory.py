@@ -140,7 +140,7 @@ def _no_weights(storage: Storage, names: list[str]) -> CheckpointError:
         return CheckpointError(
             "this directory holds partitions, not a checkpoint",
             path=storage.location,
-            hint=f"Merge the whole set first, or name one partition, such as {storage.location_of(partitions[-1])}.",
+            hint=f"Name one partition, such as {storage.location_of(partitions[-1])}; a whole set is merged first.",
         )
     other = sorted({Path(name).suffix for name in names} & {".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5"})
     return CheckpointError(

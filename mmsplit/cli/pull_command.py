@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mmsplit.cli.options import PATH, NameList, json_option
+from mmsplit.cli.options import PART_IDS, PATH, json_option
 from mmsplit.cli.progress import ProgressDisplay
 from mmsplit.cli.render import echo, echo_json, size, table
 from mmsplit.remote.source import HubOptions
@@ -16,7 +16,7 @@ from mmsplit.verbs.pull import PullResult, pull
 @click.command("pull")
 @click.argument("source", metavar="SOURCE")
 @click.option("-o", "--output", type=PATH, required=True, help="Directory for the partition set.")
-@click.option("--only", type=NameList(), help="Only these partitions: 1 or 0,2,3.")
+@click.option("--only", type=PART_IDS, metavar="K,…", help="Only these partitions, counted from 0.")
 @click.option("--root", "root_digest", help="Take only the set of this root digest: sha256:…")
 @click.option("--revision", help="Branch, tag or commit on the Hub.  [default: main]")
 @click.option("--token", help="Token for the Hub.  [default: HF_TOKEN, or that of `hf auth login`]")
@@ -35,7 +35,7 @@ from mmsplit.verbs.pull import PullResult, pull
 def pull_command(
     source: str,
     output: Path,
-    only: tuple[str, ...] | None,
+    only: tuple[int, ...] | None,
     root_digest: str | None,
     revision: str | None,
     token: str | None,
@@ -53,12 +53,11 @@ def pull_command(
     """
     if source == "":
         raise click.UsageError("SOURCE is empty")
-    part_ids = None if only is None else [_part_id(item) for item in only]
     with ProgressDisplay(quiet) as progress:
         result = pull(
             source,
             output,
-            only=part_ids,
+            only=only,
             root_digest=root_digest,
             hub=HubOptions(revision=revision, token=token, connections=connections),
             force=force,
@@ -70,12 +69,6 @@ def pull_command(
         echo_json(result.as_json())
     else:
         _show(result)
-
-
-def _part_id(item: str) -> int:
-    if not (item.isascii() and item.isdigit()):
-        raise click.BadParameter(f"{item!r} is no number of a partition", param_hint="--only")
-    return int(item)
 
 
 def _show(result: PullResult) -> None:

@@ -69,20 +69,6 @@ def write_small_file(path: Path, text: str) -> None:
         raise
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames in `path` durable; not every system can."""
-    if os.name == "nt":
-        return
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system without directory sync
-            raise
-    finally:
-        os.close(fd)
-
-
 def require_space(directory: Path, needed_bytes: int) -> None:
     """Raise `NoSpaceError` if the file system of `directory`, which need not exist yet, has less free for this user."""
     existing = directory

@@ -21,8 +21,9 @@ import time
 from pathlib import Path
 from typing import Final, Protocol
 
+from mmsplit.durable import sync_directory
 from mmsplit.errors import RequestError
-from mmsplit.remote.disk import download_errors, sync_directory, write_small_file
+from mmsplit.remote.disk import download_errors, write_small_file
 from mmsplit.remote.file_download import PARTIAL_SUFFIX
 from mmsplit.remote.repository import HubFile, HubRepository, is_safe_name
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from mmsplit import durable
 from mmsplit.errors import NoSpaceError, OutputError
 
 #: A file under construction is called NAME + this.
@@ -69,15 +70,6 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames and unlinks in `path` durable; not every system can."""
-    if os.name == "nt":
-        return
+    """Make renames and unlinks in `path` durable; the operating system's refusal becomes `OutputError`."""
     with output_errors(path):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a file system without directory sync
-                raise
-        finally:
-            os.close(fd)
+        durable.sync_directory(path)

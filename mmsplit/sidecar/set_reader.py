@@ -57,10 +57,20 @@ def read_set_manifest(root: Path) -> SetManifest:
         raise FormatError(
             f"no partition set here: {SET_MANIFEST_NAME} is missing",
             path=root,
-            hint="Give the directory that mmsplit split wrote.",
+            hint=_no_set_hint(root),
         ) from None
     except OSError as error:
         raise FormatError(f"set manifest cannot be read: {error.strerror}", path=path) from error
+
+
+def _no_set_hint(root: Path) -> str:
+    """Say what single partitions lack, where there are any: a node may have fetched just its own."""
+    names = sorted(path.name for path in root.glob("partition_*.json"))
+    if not names:
+        return "Give the directory that mmsplit split wrote."
+    return (
+        f"Partitions that were made one at a time are no set before all are here; name one of them: {root / names[0]}."
+    )
 
 
 def missing_partitions(root: Path, manifest: SetManifest) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import pytest
 from checkpoints import CAUSAL_CONFIG, MIB, Weight, llama_weights, size_of, tree, write_checkpoint, write_shard
 
 from mmsplit.checkpoint import FileReader, Scratch
-from mmsplit.errors import OutputExistsError, PlanError, RequestError
+from mmsplit.errors import FormatError, OutputExistsError, PlanError, RequestError
 from mmsplit.planning import NodeRequest, parse_nodes
 from mmsplit.sidecar.partition_reader import open_partition_files
 from mmsplit.sidecar.repeated_chunks import RepeatedChunks
@@ -295,3 +295,11 @@ def test_there_is_no_such_partition(source: Path, tmp_path: Path) -> None:
         with pytest.raises(RequestError):
             split(source, tmp_path / "out", 2, only=only)
     assert not (tmp_path / "out").exists()
+
+
+def test_single_partitions_are_no_set_and_say_so(source: Path, tmp_path: Path) -> None:
+    """Whoever takes the directory for a set is told what to name instead."""
+    split(source, tmp_path / "out", 2, only=[1])
+    with pytest.raises(FormatError, match=r"name one of them: .*partition_1\.json"):
+        merge(tmp_path / "out", tmp_path / "merged")
+    assert verify(tmp_path / "out" / "partition_1.json").ok
