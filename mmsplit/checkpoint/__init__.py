@@ -8,7 +8,7 @@ from mmsplit.checkpoint.read_ahead import ShardRange, iter_with_read_ahead
 from mmsplit.checkpoint.reader_pool import ReaderPool
 from mmsplit.checkpoint.shard_hasher import ShardHasher
 from mmsplit.checkpoint.storage import Identity, RangeReader, ShardReaders, Storage
-from mmsplit.checkpoint.tensor import ShardHeader, TensorInfo
+from mmsplit.checkpoint.tensor import ShardHeader, TensorInfo, TensorRows, slice_rows
 
 __all__ = [
     "Checkpoint",
@@ -27,9 +27,11 @@ __all__ = [
     "ShardReaders",
     "Storage",
     "TensorInfo",
+    "TensorRows",
     "aligned_buffer",
     "choose_checkpoint_files",
     "iter_with_read_ahead",
     "open_checkpoint",
     "read_checkpoint",
+    "slice_rows",
 ]

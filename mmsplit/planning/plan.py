@@ -11,6 +11,7 @@ from mmsplit.checkpoint import Shard, TensorInfo
 from mmsplit.errors import PlanError
 from mmsplit.planning.memory_needs import MemoryRequest, Needs
 from mmsplit.planning.nodes import Node
+from mmsplit.planning.rows import require_all_rows
 
 
 class PlannedLayer(NamedTuple):
@@ -51,17 +52,24 @@ class PlannedLayer(NamedTuple):
             "total_params": self.total_params,
             "total_bytes": self.total_bytes,
         }
+        rows = {t.name: [t.rows.start, t.rows.stop] for t in self.tensors if t.rows is not None}
+        if rows:
+            record["rows"] = rows
         if self.alias is not None:
             record |= {"alias": self.alias, "tied_to": self.tied_to, "stored": self.stored}
         return record
 
 
 class PlannedPartition(NamedTuple):
-    """What one partition holds, layers in forward order; `node` is the machine it is for, where machines were given."""
+    """What one partition holds, layers in forward order; `node` is the machine it is for, where machines were given.
+
+    `label` says what it is for where it is not simply the next layers: `attention`, `experts 0-15`.
+    """
 
     part_id: int
     layers: tuple[PlannedLayer, ...]
     node: str | None = None
+    label: str | None = None
 
     @property
     def total_params(self) -> int:
@@ -76,7 +84,7 @@ class PlannedPartition(NamedTuple):
 
 class Balance(NamedTuple):
     """How even a plan is.  `load` per partition is in units of `by`; `excess` is how far the bottleneck is above
-    a perfect split (0.03 = 3 %).
+    a perfect split (0.03 = 3 %).  A partition of weight 0 is not balanced against the others: it gets what it gets.
     """
 
     by: str
@@ -155,13 +163,17 @@ class NodePlacement(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The frozen assignment of layers to partitions, with the request that led to it."""
+    """The frozen assignment of layers to partitions, with the request that led to it.
+
+    `split_by` is "layer", "type", "expert" or "rule".
+    """
 
     partitions: tuple[PlannedPartition, ...]
     balance: Balance
     tied: str
     notes: tuple[str, ...]
     placement: NodePlacement | None = None
+    split_by: str = "layer"
 
     @property
     def num_parts(self) -> int:
@@ -178,7 +190,7 @@ class Plan(NamedTuple):
                     layer.layer_type,
                     layer.stack,
                     layer.block_index,
-                    [tensor.name for tensor in layer.tensors],
+                    [t.name if t.rows is None else [t.name, t.rows.start, t.rows.stop] for t in layer.tensors],
                     layer.alias,
                     layer.tied_to,
                     layer.stored,
@@ -194,10 +206,12 @@ class Plan(NamedTuple):
         on_machines = {} if self.placement is None else {"placement": self.placement.as_json()}
         return {
             "num_parts": self.num_parts,
+            "split_by": self.split_by,
             "partitions": [
                 {
                     "part_id": part.part_id,
                     **({} if part.node is None else {"node": part.node}),
+                    **({} if part.label is None else {"label": part.label}),
                     "layers": [layer.as_json() for layer in part.layers],
                     "total_params": part.total_params,
                     "total_bytes": part.total_bytes,
@@ -226,16 +240,21 @@ def require_every_byte_accounted_for(
     recorded tie.  Raises `PlanError` on the first byte that is not.
     """
     owner: dict[str, int] = {}
+    slices: dict[str, list[TensorInfo]] = {}
     for part in partitions:
         for layer in part.layers:
             if layer.alias is not None:
                 continue
             for tensor in layer.tensors:
-                if tensor.name in owner:
+                if tensor.rows is not None and (tensor.name in slices or tensor.name not in owner):
+                    slices.setdefault(tensor.name, []).append(tensor)
+                elif tensor.name in owner:
                     raise PlanError("tensor is in two layers without being tied", tensor=tensor.name)
                 if not layer.stored:
                     raise PlanError("tensor is stored nowhere", tensor=tensor.name)
                 owner[tensor.name] = part.part_id
+    for name, found in slices.items():
+        require_all_rows(name, found, tensors.get(name))
     for name in tensors:
         if name not in owner:  # said here for tensors without bytes, too
             raise PlanError("tensor is in no partition", tensor=name)

@@ -6,12 +6,13 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 
 from mmsplit.checkpoint import Checkpoint, TensorInfo
 from mmsplit.errors import PlanError
 from mmsplit.layers import Layer, build_layer_map
 from mmsplit.planning.assignment import Load, TiedUnits, assign_contiguous
+from mmsplit.planning.companions import companion_notes, find_companions, require_kept_together
 from mmsplit.planning.plan import (
     Balance,
     Plan,
@@ -26,6 +27,10 @@ By = Literal["bytes", "params", "layers"]
 #: What becomes of a tied weight that a later partition needs: it gets a copy of its own, a reference to the
 #: partition that has it, or the layers that use it move to that partition.
 TiedMode = Literal["duplicate", "reference", "colocate"]
+#: What a cut goes between: layers, what tensors do (attention, MLP …), or the trunk and routed experts of an MoE.
+SplitBy = Literal["layer", "type", "expert"]
+#: Which partition gets a tensor; None where the rule has no answer.
+Rule: TypeAlias = Callable[[TensorInfo], int | None]
 MAX_PARTS: Final = 65_535
 
 
@@ -36,6 +41,9 @@ class PlanRequest:
 
     `weights`: relative share per partition, in order.  `boundaries`: name of the first layer of each partition
     but the first.
+
+    With `split_by` "type" the kinds say how many partitions there are, with a `rule` its answers do.  With "expert"
+    partition 0 is the trunk, and `weights` are for the others.
     """
 
     num_parts: int | None = None
@@ -43,6 +51,8 @@ class PlanRequest:
     weights: Sequence[float | str | Fraction] | None = None
     boundaries: Sequence[str] | None = None
     tied: TiedMode = "duplicate"
+    split_by: SplitBy = "layer"
+    rule: Rule | None = None
 
 
 class Unit(NamedTuple):
@@ -82,10 +92,11 @@ def checkpoint_layers(checkpoint: Checkpoint) -> tuple[tuple[PlannedLayer, ...],
     layer_map = build_layer_map(checkpoint.tensors, checkpoint.config)
     _, tie_notes = find_ties(layer_map, checkpoint.config)
     layers = tuple(_planned(layer, checkpoint.tensors) for layer in layer_map.layers)
-    return layers, (*checkpoint.notes, *layer_map.notes, *tie_notes)
+    missing = companion_notes(find_companions(checkpoint.tensors), checkpoint.tensors, checkpoint.config)
+    return layers, (*checkpoint.notes, *layer_map.notes, *tie_notes, *missing)
 
 
-def plan_checkpoint(checkpoint: Checkpoint, request: PlanRequest) -> Plan:
+def plan_by_layer(checkpoint: Checkpoint, request: PlanRequest) -> Plan:
     """Assign every layer to a partition.  Raises `PlanError` that says what is possible."""
     return plan_arranged(checkpoint, arrange_checkpoint(checkpoint, request.tied), request)
 
@@ -112,7 +123,7 @@ def arrange_checkpoint(checkpoint: Checkpoint, tied: TiedMode) -> Arrangement:
 
 
 def plan_arranged(checkpoint: Checkpoint, arrangement: Arrangement, request: PlanRequest) -> Plan:
-    """Plan as `plan_checkpoint` does; the arrangement is that of `request.tied`."""
+    """Plan as `plan_by_layer` does; the arrangement is that of `request.tied`."""
     units, home_unit = arrangement.units, arrangement.stored_unit
     weights = _shares(request, len(units))
     load = unit_load(arrangement, checkpoint.tensors, request.by)
@@ -135,9 +146,12 @@ def plan_arranged(checkpoint: Checkpoint, arrangement: Arrangement, request: Pla
         for part_id, (start, stop) in enumerate(ranges)
     )
     require_every_byte_accounted_for(partitions, checkpoint.shards, checkpoint.tensors)
+    groups = find_companions(checkpoint.tensors)
+    require_kept_together(partitions, groups)
     loads = tuple(load.of(start, stop) for start, stop in ranges)
-    notes = (*arrangement.notes, *_tie_remarks(partitions))
-    return Plan(partitions, _balance(request.by, loads, weights), request.tied, notes)
+    missing = companion_notes(groups, checkpoint.tensors, checkpoint.config)
+    notes = (*arrangement.notes, *missing, *tie_remarks(partitions))
+    return Plan(partitions, balance_of(request.by, loads, weights), request.tied, notes)
 
 
 def unit_load(arrangement: Arrangement, tensors: Mapping[str, TensorInfo], by: By) -> Load:
@@ -206,10 +220,11 @@ def _shares(request: PlanRequest, unit_count: int) -> tuple[Fraction, ...]:
         )
     if request.by not in get_args(By):
         raise PlanError(f"cannot balance by {request.by!r}", hint=f"Possible are {', '.join(get_args(By))}.")
-    return tuple(_weight(weight) for weight in request.weights or [1] * num_parts)
+    return tuple(parse_weight(weight) for weight in request.weights or [1] * num_parts)
 
 
-def _weight(value: float | str | Fraction) -> Fraction:
+def parse_weight(value: float | str | Fraction) -> Fraction:
+    """Return a weight as an exact number.  Raises `PlanError` for what is none."""
     text = str(value)
     try:
         # A float first where there is an exponent: Fraction("1e999999999") would work that number out.
@@ -270,7 +285,8 @@ def _partition(
     return PlannedPartition(part_id, tuple(layers))
 
 
-def _tie_remarks(partitions: Sequence[PlannedPartition]) -> list[str]:
+def tie_remarks(partitions: Sequence[PlannedPartition]) -> list[str]:
+    """Say where tied weights went."""
     remarks = []
     for part in partitions:
         moved = [layer.name for layer in part.layers if layer.moved]
@@ -290,7 +306,8 @@ def _tie_remarks(partitions: Sequence[PlannedPartition]) -> list[str]:
     return remarks
 
 
-def _balance(by: str, loads: Sequence[int], weights: Sequence[Fraction]) -> Balance:
+def balance_of(by: str, loads: Sequence[int], weights: Sequence[Fraction]) -> Balance:
+    """Say how even these loads are, given the weight of each."""
     relative = [load / weight for load, weight in zip(loads, weights, strict=True)]
     bottleneck = relative.index(max(relative))
     ideal = sum(loads) / sum(weights)

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+from mmsplit.checkpoint import TensorRows
 from mmsplit.dtypes import DTYPES
 from mmsplit.errors import FormatError, IntegrityError
 from mmsplit.sidecar.framing import FORMAT_VERSION, require_version
@@ -37,7 +38,7 @@ class TensorEntry(NamedTuple):
     """One tensor in a partition.  Chunks [`first_chunk`, `first_chunk + chunk_count`) of its index hold it.
 
     `source_start` and `source_stop` are the half-open byte range in the source shard's file.  `xxh3` is None in a
-    layer that is not stored here.
+    layer that is not stored here.  With `rows` this is only those rows of a tensor, and all else is said of them.
     """
 
     name: str
@@ -51,6 +52,7 @@ class TensorEntry(NamedTuple):
     shard: str
     source_start: int
     source_stop: int
+    rows: TensorRows | None = None
 
 
 class LayerEntry(NamedTuple):
@@ -160,10 +162,12 @@ def _format_layer(layer: LayerEntry) -> str:
 
 
 def _tensor_json(tensor: TensorEntry) -> dict[str, object]:
+    rows = tensor.rows
     return {
         "name": tensor.name,
         "dtype": tensor.dtype,
         "shape": tensor.shape,
+        **({} if rows is None else {"rows": {"start": rows.start, "stop": rows.stop, "shape": rows.shape}}),
         "params": tensor.params,
         "bytes": tensor.size_bytes,
         "xxh3": tensor.xxh3,
@@ -240,13 +244,10 @@ def _parse_layer(fields: Fields) -> LayerEntry:
 def _parse_tensor(fields: Fields) -> TensorEntry:
     first, count = fields.pair("chunks")
     start, stop = fields.pair("source_range")
-    shape = fields.get("shape", list)
-    if not all(type(size) is int and size >= 0 for size in shape):
-        fields.fail("shape is not a list of sizes")
     return TensorEntry(
         name=fields.get("name", str),
         dtype=fields.get("dtype", str),
-        shape=tuple(shape),
+        shape=_parse_shape(fields),
         params=fields.count("params"),
         size_bytes=fields.count("bytes"),
         xxh3=None if fields.values.get("xxh3") is None else fields.xxh3("xxh3"),
@@ -255,7 +256,19 @@ def _parse_tensor(fields: Fields) -> TensorEntry:
         shard=fields.plain_name("shard"),
         source_start=start,
         source_stop=stop,
+        rows=None if fields.values.get("rows") is None else _parse_rows(fields.inner("rows")),
     )
+
+
+def _parse_shape(fields: Fields) -> tuple[int, ...]:
+    shape = fields.get("shape", list)
+    if not all(type(size) is int and size >= 0 for size in shape):
+        fields.fail("shape is not a list of sizes")
+    return tuple(shape)
+
+
+def _parse_rows(fields: Fields) -> TensorRows:
+    return TensorRows(fields.count("start"), fields.count("stop"), _parse_shape(fields))
 
 
 def _require_consistent(manifest: Manifest, fields: Fields) -> None:
@@ -280,6 +293,8 @@ def _require_consistent(manifest: Manifest, fields: Fields) -> None:
         position = layer.stop
         for tensor in layer.tensors:
             require(_fits_shape(tensor), "dtype and shape do not fit params and bytes", tensor.name)
+            require(_fits_rows(tensor), "rows do not fit the shape", tensor.name)
+            require(tensor.rows is None or layer.alias is None, "a tied tensor is sliced", tensor.name)
     require(position == manifest.data_stop, "the last layer does not end where the data ends")
     chunk = 0
     names: set[str] = set()
@@ -304,6 +319,14 @@ def _fits_shape(tensor: TensorEntry) -> bool:
     return known is None or (
         _product(tensor.shape) == tensor.params and tensor.params * known.bits == 8 * tensor.size_bytes
     )
+
+
+def _fits_rows(tensor: TensorEntry) -> bool:
+    """Whether a slice has the shape that its rows of the whole tensor have."""
+    if tensor.rows is None:
+        return True
+    start, stop, whole = tensor.rows
+    return bool(whole) and start < stop <= whole[0] and tensor.shape == (stop - start, *whole[1:])
 
 
 def _product(shape: Sequence[int]) -> int | None:
