@@ -214,8 +214,12 @@ def _promised_by_siblings(sorts: Mapping[frozenset[str], int]) -> dict[str, froz
 
 def _bare_weights(tensors: Mapping[str, TensorInfo], groups: Groups, config: Mapping[str, object] | None) -> list[str]:
     """Return the matrices of 8-bit floats without any companion, if others have some or config.json says fp8."""
-    matrices = [t.name for t in tensors.values() if t.dtype.startswith("F8_E4M3") and len(t.shape) > 1]
-    bare = [name for name in matrices if name not in groups and _weight_of(name) is None]
+    matrices = [
+        tensor.name
+        for tensor in tensors.values()
+        if tensor.dtype.startswith("F8_E4M3") and len(tensor.shape) > 1 and _weight_of(tensor.name) is None
+    ]
+    bare = [name for name in matrices if name not in groups]
     stated = None if config is None else config.get("quantization_config")
     is_stated = isinstance(stated, Mapping) and stated.get("quant_method") in ("fp8", "fbgemm_fp8", "modelopt")
     return bare if is_stated or len(bare) < len(matrices) else []
