@@ -427,8 +427,9 @@ def test_every_row_has_one_place(
     }[how]
     try:
         plan = plan_checkpoint(checkpoint, request)
-    except PlanError:
-        if how == "type":
+    except PlanError as error:
+        broken_law = "in two" in str(error) or "stored nowhere" in str(error) or "no place in the plan" in str(error)
+        if how == "type" or broken_law:
             raise
         return
     ranges = sorted(
