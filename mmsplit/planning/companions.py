@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, TypeAlias
 
 from mmsplit.checkpoint import TensorInfo, TensorRows
 from mmsplit.errors import PlanError
@@ -66,42 +66,34 @@ _LONGEST_WORD: Final = 64
 _Share: TypeAlias = tuple[Fraction, Fraction]
 #: A partition, and which rows of a tensor it has; None for all.
 _Piece: TypeAlias = tuple[int, _Share | None]
-
-
-class Group(NamedTuple):
-    """The tensors of one weight, itself first if it is there; `suffixes` say what they are, seen from its module."""
-
-    members: tuple[str, ...]
-    suffixes: frozenset[str]
-
-
-#: Groups by the name that the weight has, or would have.  One of a single tensor lacks the others.
-Groups = dict[str, Group]
+#: The tensors of each weight, itself first if it is there, by the name that it has, or would have.  A group of one
+#: lacks the others.
+Groups: TypeAlias = dict[str, tuple[str, ...]]
 
 
 def find_companions(names: Collection[str]) -> Groups:
     """Return the group of every companion among these names."""
     known = names if isinstance(names, Mapping | set | frozenset) else frozenset(names)
-    found: dict[str, list[str]] = {}
+    found: Groups = {}
     for name in known:
         weight = _weight_of(name)
         if weight is not None:
-            found.setdefault(weight, []).append(name)
-    groups = {}
+            found[weight] = (*found.get(weight, ()), name)
     for weight, companions in found.items():
-        members = (weight, *sorted(companions)) if weight in known else tuple(sorted(companions))
-        start = weight.rfind(".") + 1
-        groups[weight] = Group(members, frozenset(member[start:] for member in members))
-    return groups
+        members = companions if len(companions) == 1 else tuple(sorted(companions))
+        found[weight] = (weight, *members) if weight in known else members
+    return found
 
 
 def companion_notes(
     groups: Groups, tensors: Mapping[str, TensorInfo], config: Mapping[str, object] | None
 ) -> tuple[str, ...]:
     """Return a sentence for each kind of companion that is missing though its siblings or config.json promise it."""
-    sorts: defaultdict[frozenset[str], list[str]] = defaultdict(list)
-    for weight, group in groups.items():
-        sorts[group.suffixes].append(weight)
+    alike: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)  # 100,000 groups are of a few sorts
+    for weight, members in groups.items():
+        start = weight.rfind(".") + 1
+        alike[tuple([member[start:] for member in members])].append(weight)
+    sorts = {frozenset(suffixes): weights for suffixes, weights in alike.items()}
     promised = _promised_by_siblings({suffixes: len(weights) for suffixes, weights in sorts.items()})
     missing: defaultdict[str, list[str]] = defaultdict(list)
     for suffixes, weights in sorts.items():
@@ -127,7 +119,7 @@ def require_kept_together(partitions: Sequence[PlannedPartition], groups: Groups
                     pieces[tensor.name] = whole
                 else:
                     pieces[tensor.name] = pieces.get(tensor.name, frozenset()) | {(part.part_id, _share(tensor.rows))}
-    for members, _ in groups.values():
+    for members in groups.values():
         first = pieces[members[0]]
         for other in members[1:]:
             if pieces[other] != first:
@@ -176,9 +168,10 @@ def _rule_of(last: str) -> str | None:
 def _weight_of(name: str) -> str | None:
     """Return the name that the weight has, or would have, to which `name` is a companion; None if it is none."""
     end = name.rfind(".")
-    rule = _rule_of(name[end + 1 :])
+    last = name[end + 1 :]
+    rule = _rule_of(last)
     if rule is None:
-        return f"{_around(name[:end])}.weight" if name.endswith(_CODEBOOK) else None
+        return f"{_around(name[:end])}.weight" if last == "weight" and name.endswith(_CODEBOOK) else None
     if end == -1:
         return rule[1:] or None
     return _around(name[:end]) if rule == "^" else name[:end] + rule
@@ -214,15 +207,17 @@ def _promised_by_siblings(sorts: Mapping[frozenset[str], int]) -> dict[str, froz
 
 def _bare_weights(tensors: Mapping[str, TensorInfo], groups: Groups, config: Mapping[str, object] | None) -> list[str]:
     """Return the matrices of 8-bit floats without any companion, if others have some or config.json says fp8."""
-    matrices = [
-        tensor.name
-        for tensor in tensors.values()
-        if tensor.dtype.startswith("F8_E4M3") and len(tensor.shape) > 1 and _weight_of(tensor.name) is None
-    ]
-    bare = [name for name in matrices if name not in groups]
+    bare = []
+    some_have = False
+    for tensor in tensors.values():
+        if tensor.dtype == "F8_E4M3" and len(tensor.shape) > 1:
+            if tensor.name in groups:
+                some_have = True
+            elif _weight_of(tensor.name) is None:
+                bare.append(tensor.name)
     stated = None if config is None else config.get("quantization_config")
     is_stated = isinstance(stated, Mapping) and stated.get("quant_method") in ("fp8", "fbgemm_fp8", "modelopt")
-    return bare if is_stated or len(bare) < len(matrices) else []
+    return bare if is_stated or some_have else []
 
 
 def _note(what: str, where: Sequence[str]) -> str:

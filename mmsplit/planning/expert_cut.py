@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
+from typing import Final
 
 from mmsplit.checkpoint import TensorInfo, slice_rows
 from mmsplit.errors import PlanError
@@ -20,7 +21,7 @@ from mmsplit.planning.plan import PlannedLayer
 from mmsplit.planning.planner import By
 from mmsplit.planning.sublayers import Cut, Placed, sublayer
 
-TRUNK_LABEL = "trunk"
+TRUNK_LABEL: Final = "trunk"
 
 
 def cut_by_expert(
@@ -102,8 +103,11 @@ def _place(
         elif name in found.packed:
             each = found.packed[name]
             for run, start, stop in zip(runs, starts, stops, strict=True):
-                if start < found.expert_count:
-                    run.append(slice_rows(tensor, start * each, min(stop, found.expert_count) * each))
+                stop = min(stop, found.expert_count)
+                if stop - start == found.expert_count:
+                    run.append(tensor)
+                elif start < stop:
+                    run.append(slice_rows(tensor, start * each, stop * each))
     for part_id, run in enumerate(runs, 1):
         if run:
             yield Placed(part_id, sublayer(layer, "experts", found.module, run))

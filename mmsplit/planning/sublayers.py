@@ -6,8 +6,8 @@ their layers in forward order, and tied weights find the partition that uses the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final, NamedTuple
 
 from mmsplit.checkpoint import TensorInfo
 from mmsplit.errors import PlanError
@@ -15,7 +15,7 @@ from mmsplit.layers import Layer
 from mmsplit.planning.plan import PlannedLayer, PlannedPartition
 from mmsplit.planning.ties import Tie
 
-MAX_NAMES_SHOWN = 3
+_NAMES_SHOWN: Final = 3
 
 
 class Placed(NamedTuple):
@@ -106,12 +106,5 @@ def _tied(
 
 def shown(names: Sequence[str]) -> str:
     """Return the first few of some names."""
-    more = len(names) - MAX_NAMES_SHOWN
-    return ", ".join(names[:MAX_NAMES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def iter_tensors(layers: Sequence[Layer]) -> Iterator[tuple[Layer, str]]:
-    """Yield every tensor name with its layer, in forward order."""
-    for layer in layers:
-        for name in layer.tensors:
-            yield layer, name
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")

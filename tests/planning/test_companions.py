@@ -5,14 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mmsplit.checkpoint import TensorInfo, slice_rows
+from mmsplit.checkpoint import Checkpoint, TensorInfo, slice_rows
 from mmsplit.errors import PlanError
 from mmsplit.layers import build_layer_map
-from mmsplit.planning import PlannedLayer, PlannedPartition
+from mmsplit.planning import PlannedLayer, PlannedPartition, PlanRequest, plan_checkpoint, planner
 from mmsplit.planning.companions import companion_notes, find_companions, require_kept_together
 
 CORPUS = Path(__file__).parent.parent / "layers"
@@ -68,7 +69,7 @@ def test_one_group_per_weight(names: list[str]) -> None:
     """All of a format's tensors are one group, the layer beside it another, a bias is in none."""
     others = [f"n{name[1:]}" for name in names]
     groups = find_companions([*names, *others, "m.bias", "norm.weight"])
-    assert {group.members[1:] and frozenset(group.members) for group in groups.values()} == {
+    assert {frozenset(members) for members in groups.values() if len(members) > 1} == {
         frozenset(names),
         frozenset(others),
     }
@@ -89,7 +90,7 @@ def test_packed_experts() -> None:
         "e.down_proj_bias",
     ]
     groups = find_companions(names)
-    assert {weight: group.members for weight, group in groups.items()} == {
+    assert groups == {
         "e.gate_up_proj": ("e.gate_up_proj_blocks", "e.gate_up_proj_scales"),
         "e.down_proj": ("e.down_proj", "e.down_proj_scale_inv"),
     }
@@ -156,6 +157,18 @@ def test_what_is_not_promised_is_not_missed(names: list[str]) -> None:
     assert companion_notes(find_companions(tensors), tensors, {"quantization_config": "nonsense"}) == ()
 
 
+def test_a_plan_by_layer_is_held_to_it_too(
+    make_checkpoint: Callable[..., Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No name makes it happen (below), so the groups are made to: the plan fails."""
+    group = ("layers.0.mlp.a", "layers.1.mlp.a")
+    monkeypatch.setattr(planner, "find_companions", lambda _: {"w": group})
+    checkpoint = make_checkpoint({"layers.0.mlp.a": 4, "layers.1.mlp.a": 4})
+    with pytest.raises(PlanError, match="cuts the two apart"):
+        plan_checkpoint(checkpoint, PlanRequest(num_parts=2))
+    assert plan_checkpoint(checkpoint, PlanRequest(num_parts=1)).num_parts == 1
+
+
 def test_layers_keep_companions_together() -> None:
     """In every real architecture, as it is and as if every weight were quantised: no layer boundary parts a group."""
     sys.path.insert(0, str(CORPUS))
@@ -169,5 +182,5 @@ def test_layers_keep_companions_together() -> None:
         ]
         groups = find_companions(names)
         layer_of = {name: layer.name for layer in build_layer_map(names).layers for name in layer.tensors}
-        for group in groups.values():
-            assert len({layer_of[name] for name in group.members}) == 1, group
+        for members in groups.values():
+            assert len({layer_of[name] for name in members}) == 1, members

@@ -187,11 +187,14 @@ def test_what_all_experts_share_stays_in_the_trunk(shaped: MakeShaped) -> None:
 def test_layers_with_fewer_experts(shaped: MakeShaped) -> None:
     """The layer with fewer experts is in fewer partitions; what counts is what each weighs."""
     shapes = {"e.layers.0.mlp.experts.up_proj": (2, 2, 4), "e.layers.1.mlp.experts.up_proj": (6, 2, 4)}
-    plan = plan_checkpoint(
-        shaped({**shapes, "e.layers.0.mlp.gate.weight": (2, 4)}), PlanRequest(split_by="expert", num_parts=3)
-    )
+    shapes["e.layers.0.mlp.gate.weight"] = (2, 4)
+    plan = plan_checkpoint(shaped(shapes), PlanRequest(split_by="expert", num_parts=3))
     assert [part.label for part in plan.partitions] == ["trunk", "experts 0-1", "experts 2-5"]
     assert [len(part.layers) for part in plan.partitions] == [1, 2, 1]
+    assert plan.partitions[1].layers[0].tensors[0].rows is None  # all experts of that layer: it is whole
+    crossing = plan_checkpoint(shaped(shapes), PlanRequest(split_by="expert", weights=[1, 30]))
+    assert [part.label for part in crossing.partitions] == ["trunk", "expert 0", "experts 1-5"]
+    assert [layer.tensors[0].shape[0] for layer in crossing.partitions[2].layers] == [1, 5]
 
 
 def test_numbered_experts_overrule_config(shaped: MakeShaped) -> None:
