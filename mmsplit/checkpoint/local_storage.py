@@ -11,7 +11,7 @@ from typing import Final
 from mmsplit.checkpoint.file_reader import FileReader, Fingerprint, IoMode, fingerprint_of
 from mmsplit.checkpoint.reader_pool import ReaderPool
 from mmsplit.checkpoint.storage import Identity
-from mmsplit.checkpoint.weights_index import SUFFIX
+from mmsplit.checkpoint.weight_files import form_of
 from mmsplit.errors import CheckpointError
 
 _SHA256_HEX: Final = re.compile(r"^[0-9a-f]{64}$", re.ASCII)
@@ -131,7 +131,7 @@ class LocalStorage:
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
     """Whether it is a file, or a shard that a link promises: a Hub cache that lost a blob has such links."""
-    return entry.is_file() or (entry.is_symlink() and entry.name.endswith(SUFFIX) and not entry.is_dir())
+    return entry.is_file() or (entry.is_symlink() and form_of(entry.name) is not None and not entry.is_dir())
 
 
 def _is_output(folder: Path) -> bool:

@@ -6,7 +6,7 @@ cross-checks; where it disagrees that is a note.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from mmsplit.layers import Layer, LayerMap
@@ -40,8 +40,13 @@ class Tie(NamedTuple):
     position: int
 
 
-def find_ties(layer_map: LayerMap, config: Mapping[str, object] | None) -> tuple[tuple[Tie, ...], tuple[str, ...]]:
-    """Return the ties of a checkpoint in forward order, and notes."""
+def find_ties(
+    layer_map: LayerMap, config: Mapping[str, object] | None, views: Collection[str] = ()
+) -> tuple[tuple[Tie, ...], tuple[str, ...]]:
+    """Return the ties of a checkpoint that no name speaks of, in forward order, and notes.
+
+    `views` are names that are not stored: they see the bytes of another tensor.
+    """
     layers = layer_map.layers
     names = {name for layer in layers for name in layer.tensors}
     embedding = _token_embedding(layers)
@@ -66,7 +71,7 @@ def find_ties(layer_map: LayerMap, config: Mapping[str, object] | None) -> tuple
                 f"config.json says tie_word_embeddings is false, but no header has a head; {embedding} is taken"
                 " to be tied to it",
             )
-    elif declared is True and _HEAD_WEIGHT in names:
+    elif declared is True and _HEAD_WEIGHT in names and _HEAD_WEIGHT not in views:
         notes = (f"config.json says the head is tied, but {_HEAD_WEIGHT} is stored too; both are kept",)
     return tuple(ties), notes
 

@@ -379,8 +379,8 @@ def _compare_headers(manifest: SetManifest, source: Checkpoint, report: Report) 
         if shard.size_bytes != entry.size_bytes:
             what = f"source shard has another size: expected {entry.size_bytes:,} bytes, found {shard.size_bytes:,}"
             report(Fault(shard.location, what, 0, shard.size_bytes))
-        elif source.read_header(entry.name) != entry.header.data(entry.name):
-            report(Fault(shard.location, "source header is not the one that was split", 0, shard.header_bytes))
+        elif source.read_kept(entry.name) != entry.kept.data(entry.name):
+            report(Fault(shard.location, "source header is not the one that was split", *shard.kept[0]))
     for shard in shards.values():
         report(Fault(shard.location, "source shard is not part of the set"))
 
