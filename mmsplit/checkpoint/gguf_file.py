@@ -199,7 +199,7 @@ def _record(row: _Row, data_start: int, alignment: int, path: str, allow_unknown
 
 def _place(records: Sequence[_Record], file_bytes: int, path: str, shard: str) -> tuple[TensorInfo, ...]:
     """Return the tensors in file order; no two of them overlap, and all lie in the file."""
-    starts = sorted({record.start for record in records if record.size_bytes != 0})
+    starts = sorted({record.start for record in records})
     tensors = []
     names: set[str] = set()
     for record in records:
