@@ -11,7 +11,8 @@ so that memory does not grow with them; what is kept of the metadata is bounded,
 from __future__ import annotations
 
 import struct
-from typing import Final, NamedTuple, NoReturn
+from dataclasses import dataclass
+from typing import Final, NoReturn
 
 from mmsplit.checkpoint.range_reads import RangeReads
 from mmsplit.errors import GgufFileError
@@ -49,7 +50,8 @@ _SCALARS: Final = {
 _U64: Final = struct.Struct("<Q")
 
 
-class Omitted(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Omitted:
     """Stands for a value that was passed over: an array of `length` elements, or a text of `length` bytes."""
 
     length: int
