@@ -10,9 +10,9 @@
               padding up to a multiple of the alignment: start of the data
               tensors, each at a multiple of the alignment
 
-Source: docs/gguf.md of ggml, and its reader, ggml/src/gguf.cpp, of which this accepts all that it accepts but headers
-and names of a length that nobody writes.  It accepts more where nothing is lost by it: tensors in any order, and
-whatever bytes lie between them.
+Source: docs/gguf.md of ggml, and its reader, ggml/src/gguf.cpp.  This accepts what that reader accepts, but for texts
+that are not UTF-8 where names are meant, and headers larger than anybody writes.  It accepts more where nothing is
+lost by it: tensors in any order, and whatever bytes lie between them.
 
 Law: the tensors and `GgufFile.kept` cover the file exactly, each byte once, so that the file can be put together
 again byte for byte.

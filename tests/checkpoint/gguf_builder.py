@@ -102,6 +102,7 @@ def require_cover(found: GgufFile, file: bytes) -> None:
     assert all(start < stop for start, stop in spans)
     for (_, stop), (start, _) in pairwise(spans):
         assert stop == start
+    assert all(stop < start for (_, stop), (start, _) in pairwise(found.kept))
     for tensor in found.tensors:
         assert 0 <= tensor.start_offset <= tensor.stop_offset <= len(file)
         assert tensor.params == _product(tensor.shape)

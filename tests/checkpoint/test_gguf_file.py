@@ -147,6 +147,14 @@ def test_holes_and_tails_are_kept() -> None:
     assert [file[start:stop] for start, stop in found.kept[1:]] == [b"?" * 92, b"tail"]
 
 
+def test_empty_tensor_in_a_hole_does_not_cut_it() -> None:
+    """It has no bytes to part what is kept."""
+    file = gguf_file([Row("a", (8,), 0, 0), Row("e", (0,), 0, 64), Row("b", (8,), 0, 96)], data=bytes(128))
+    found = parse(file)
+    require_cover(found, file)
+    assert len(found.kept) == 2
+
+
 def test_scalar_and_odd_sizes() -> None:
     """No dimension is one element; an alignment of 1 needs no padding."""
     file = gguf_file(
