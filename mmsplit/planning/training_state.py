@@ -64,8 +64,7 @@ def _adapter_params(tensor: TensorInfo, rank: int) -> int:
         return 0
     if len(tensor.shape) == 2 and min(tensor.shape) > 1:
         return rank * sum(tensor.shape)
-    if len(tensor.shape) == 3 and (
-        "expert" in tensor.name or "_exps." in tensor.name
-    ):  # packed experts: a pair of adapters for each
+    is_packed_experts = "expert" in tensor.name or "_exps." in tensor.name
+    if len(tensor.shape) == 3 and is_packed_experts:  # a pair of adapters for each
         return tensor.shape[0] * rank * sum(tensor.shape[1:])
     return 0
