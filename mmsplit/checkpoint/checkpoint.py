@@ -13,7 +13,7 @@ from mmsplit.checkpoint.range_reads import RangeReads
 from mmsplit.checkpoint.shard_layout import read_shard_layout
 from mmsplit.checkpoint.storage import Identity, RangeReader, ShardReaders, Storage
 from mmsplit.checkpoint.tensor import ByteRange, ShardForm, ShardLayout, TensorInfo, TensorView
-from mmsplit.errors import CheckpointError, IndexMismatchError
+from mmsplit.errors import CheckpointError, IndexMismatchError, MissingShardError
 
 CONFIG_NAME: Final = "config.json"
 _MAX_CONFIG_BYTES: Final = 16 << 20
@@ -123,17 +123,26 @@ def read_checkpoint(files: CheckpointFiles, *, allow_unknown_dtypes: bool = Fals
     views: dict[str, TensorView] = {}
     home: dict[str, str] = {}
     notes = list(files.notes)
+    own_config: dict[str, object] | None = None
     for name in files.shards:
         shard, layout = _read_shard(files.storage, name, allow_unknown_dtypes)
         shards.append(shard)
         notes += layout.notes
+        own_config = own_config or layout.config
+        if layout.file_count > len(files.shards):
+            raise MissingShardError(
+                f"file says it is one of {layout.file_count:,}, and there are {len(files.shards):,}",
+                path=shard.location,
+                hint="Download the missing files to the same directory, then run again.",
+            )
         for found in (*(tensor.name for tensor in layout.tensors), *(view.name for view in layout.views)):
             first = home.setdefault(found, name)
             if first != name:
                 raise _twice(shard, found, first)
         tensors.update((tensor.name, tensor) for tensor in layout.tensors)
         views.update((view.name, view) for view in layout.views)
-    config, config_notes = _read_config(files.storage)
+    # Beside a file that describes its model, a config.json is often only what a download counter wants.
+    config, config_notes = (own_config, ()) if own_config else _read_config(files.storage)
     notes += (*config_notes, *_compare_with_index(files, home))
     return Checkpoint(files, tuple(shards), tensors, config, tuple(notes), views)
 

@@ -88,6 +88,8 @@ class ShardLayout(NamedTuple):
     """What lies where in a shard of any form.
 
     Law: the ranges of `tensors` and those `kept` as they are (header, padding) cover the file, each byte once.
+    `config` is what the file itself says of the model, with the keys of a config.json; `file_count` of how many files
+    it says it is one.
     """
 
     form: ShardForm
@@ -95,3 +97,5 @@ class ShardLayout(NamedTuple):
     tensors: tuple[TensorInfo, ...]
     views: tuple[TensorView, ...] = ()
     notes: tuple[str, ...] = ()
+    config: dict[str, object] | None = None
+    file_count: int = 1
