@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from mmsplit.layers import Layer, LayerMap, build_layer_map
     from mmsplit.planning import Plan
     from mmsplit.remote.source import HubOptions, open_source
+    from mmsplit.sidecar.scrub_run import Scrub
     from mmsplit.verbs.download import DownloadResult, download
     from mmsplit.verbs.inspect import inspect
     from mmsplit.verbs.load import Partition, PartitionSet, open_partition, open_set
@@ -94,6 +95,7 @@ _HOMES = {
     "mmsplit.layers": ("Layer", "LayerMap", "build_layer_map"),
     "mmsplit.planning": ("Plan",),
     "mmsplit.remote.source": ("HubOptions", "open_source"),
+    "mmsplit.sidecar.scrub_run": ("Scrub",),
     "mmsplit.verbs.download": ("DownloadResult", "download"),
     "mmsplit.verbs.inspect": ("inspect",),
     "mmsplit.verbs.load": ("Partition", "PartitionSet", "open_partition", "open_set"),

@@ -89,6 +89,8 @@ HOUSE = {
         "set_manifest",
         "output_files",
         "partition_reader",
+        "pace",
+        "chunk_check",
         "chunk_loader",
         "payload_file",
         "payload_writer",
@@ -106,6 +108,9 @@ HOUSE = {
         "receiving_directory",
         "set_card",
         "shard_writer",
+        "scrub",
+        "scrub_history",
+        "scrub_run",
     ],
     "merging": ["span", "lane"],
     "splitting": ["partition_run", "slot_jobs", "stored_shards", "same_weights", "split_run"],
@@ -119,6 +124,7 @@ HOUSE = {
         "progress",
         "render",
         "node_options",
+        "scrub_options",
         "inspect_command",
         "plan_command",
         "download_command",
@@ -148,6 +154,7 @@ PURE_FILES = (
     "sidecar.payload_pieces",
     "sidecar.payload_tail",
     "sidecar.set_card",
+    "sidecar.scrub",
 )
 
 
