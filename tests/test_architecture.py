@@ -78,7 +78,7 @@ HOUSE = {
         "misfit",
         "node_planner",
     ],
-    "codec": ["word", "chunk_codec"],
+    "codec": ["word", "chunk_codec", "extent"],
     "sidecar": [
         "layout",
         "framing",
@@ -114,7 +114,19 @@ HOUSE = {
     ],
     "merging": ["span", "lane"],
     "splitting": ["partition_run", "slot_jobs", "stored_shards", "same_weights", "split_run"],
-    "verbs": ["plan", "split", "verify", "merge", "load", "inspect", "download", "pull", "push"],
+    "repairing": [
+        "ledger",
+        "sources",
+        "planned_partition",
+        "index_recovery",
+        "manifest_finder",
+        "structure",
+        "chunk_mender",
+        "payload_rebuild",
+        "partition_repair",
+        "set_files",
+    ],
+    "verbs": ["plan", "split", "verify", "merge", "load", "inspect", "download", "pull", "push", "repair"],
     "hub_model": [],
     "synthetic": [],
     "benchmark": ["rates", "sample", "bench"],
@@ -132,6 +144,7 @@ HOUSE = {
         "push_command",
         "split_command",
         "verify_command",
+        "repair_command",
         "merge_command",
         "bench_command",
         "app",
@@ -155,6 +168,7 @@ PURE_FILES = (
     "sidecar.payload_tail",
     "sidecar.set_card",
     "sidecar.scrub",
+    "repairing.planned_partition",
 )
 
 

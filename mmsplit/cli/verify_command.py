@@ -10,11 +10,10 @@ import click
 from mmsplit.checkpoint import IoMode
 from mmsplit.cli.options import PATH, json_option, unknown_dtypes_option, work_options
 from mmsplit.cli.progress import ProgressDisplay
-from mmsplit.cli.render import clean, echo, echo_json, size
+from mmsplit.cli.render import clean, echo, echo_json, fault_line, size
 from mmsplit.cli.scrub_options import scrub_of, scrub_options
 from mmsplit.cli.source_options import SOURCE, hub_of, hub_options
 from mmsplit.errors import IntegrityError
-from mmsplit.sidecar.partition_reader import Fault
 from mmsplit.verbs.verify import Level, verify
 
 
@@ -74,7 +73,7 @@ def verify_command(
         )
     else:
         for fault in result.problems:
-            echo(clean(_line(fault)))
+            echo(clean(fault_line(fault)))
         click.echo(
             f"mmsplit: {len(result.problems)} problem(s) found. Make what is damaged again with:"
             " mmsplit repair SET --from SOURCE\n"
@@ -82,14 +81,3 @@ def verify_command(
             err=True,
         )
     return 0 if result.ok else IntegrityError.exit_code
-
-
-def _line(fault: Fault) -> str:
-    where = [fault.file]
-    if fault.layer is not None:
-        where.append(f"layer {fault.layer}")
-    if fault.tensor is not None:
-        where.append(f"tensor {fault.tensor}")
-    if fault.start is not None and fault.stop is not None:
-        where.append(f"bytes {fault.start:,} to {fault.stop:,}")
-    return f"{', '.join(where)}: {fault.what}"

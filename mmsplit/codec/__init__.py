@@ -12,6 +12,7 @@ from mmsplit.codec.chunk_codec import (
     CodecName,
     Encoded,
 )
+from mmsplit.codec.extent import planes_end, zstd_end
 from mmsplit.codec.word import LAYOUTS
 
 __all__ = [
@@ -26,4 +27,6 @@ __all__ = [
     "ChunkEncoder",
     "CodecName",
     "Encoded",
+    "planes_end",
+    "zstd_end",
 ]
