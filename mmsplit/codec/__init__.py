@@ -13,7 +13,7 @@ from mmsplit.codec.chunk_codec import (
     Encoded,
 )
 from mmsplit.codec.extent import planes_end, zstd_end
-from mmsplit.codec.word import LAYOUTS
+from mmsplit.codec.word import LAYOUTS, layout_for
 
 __all__ = [
     "CODEC_NAMES",
@@ -27,6 +27,7 @@ __all__ = [
     "ChunkEncoder",
     "CodecName",
     "Encoded",
+    "layout_for",
     "planes_end",
     "zstd_end",
 ]

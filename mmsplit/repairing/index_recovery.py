@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from mmsplit.checkpoint import FileReader, Scratch
-from mmsplit.codec import LAYOUTS, PLANES, RAW, ZSTD, ChunkDecoder, Encoded, planes_end, zstd_end
+from mmsplit.codec import LAYOUTS, PLANES, RAW, ZSTD, ChunkDecoder, Encoded, layout_for, planes_end, zstd_end
 from mmsplit.errors import IntegrityError, MmsplitError
 from mmsplit.planning import iter_stored
 from mmsplit.repairing.planned_partition import planned_partition
@@ -29,6 +29,7 @@ class _Chunk(NamedTuple):
 
     number: int
     tensor: int
+    dtype: str
     raw_bytes: int
     is_first_of_slot: bool
 
@@ -54,7 +55,7 @@ def recover_index(manifest: Manifest, reader: FileReader) -> ChunkIndex | None:
 def _iter_chunks(manifest: Manifest) -> Iterator[_Chunk]:
     for slot in iter_slots(iter_stored(planned_partition(manifest))):
         for number, chunk in enumerate(slot.chunks):
-            yield _Chunk(slot.first_chunk + number, chunk.tensor_index, chunk.raw_bytes, number == 0)
+            yield _Chunk(slot.first_chunk + number, chunk.tensor_index, chunk.tensor.dtype, chunk.raw_bytes, number == 0)
 
 
 class _Recovery:
@@ -65,8 +66,8 @@ class _Recovery:
         self._decoder = ChunkDecoder()
         self._scratch, self._raw = Scratch(), Scratch()
         self._old = empty_index(manifest.chunk_count)
-        start = manifest.data_stop
-        data = reader.read(start, max(start, min(start + self._old.nbytes, reader.size_bytes)))
+        start = min(manifest.data_stop, reader.size_bytes)
+        data = reader.read(start, min(start + self._old.nbytes, reader.size_bytes))
         whole = len(data) // CHUNK_RECORD.itemsize
         self._old[:whole] = np.frombuffer(data, CHUNK_RECORD, whole)
 
@@ -76,7 +77,7 @@ class _Recovery:
         stop = min(begin + chunk.raw_bytes, self._data_stop)
         made: list[np.void] = []
         with self._reader.borrow(begin, stop, self._scratch) as view:
-            for encoded in self._candidates(view, old, chunk.raw_bytes):
+            for encoded in self._candidates(view, old, chunk):
                 record = self._describe(view[: encoded.stored_bytes], encoded, chunk, begin)
                 if record is None:
                     continue
@@ -92,18 +93,19 @@ class _Recovery:
             made.insert(0, old)  # then it is the chunk that is damaged
         return made[0] if made else None
 
-    def _candidates(self, view: memoryview, old: np.void, raw_bytes: int) -> Iterator[Encoded]:
+    def _candidates(self, view: memoryview, old: np.void, chunk: _Chunk) -> Iterator[Encoded]:
         """Yield what the chunk may be: what its record says, then what its own bytes say."""
         codec = int(old["codec"])
         yield Encoded(codec, int(old["layout"]) if codec == PLANES else 0, int(old["stored_bytes"]))
-        for layout in LAYOUTS:
+        # First the layout that the writer uses for the dtype: two of the same width cannot be told apart.
+        for layout in (layout_for(chunk.dtype), *LAYOUTS):
             end = planes_end(view, layout)
             if end is not None:
                 yield Encoded(PLANES, layout.code, end)
         end = zstd_end(view)
         if end is not None:
             yield Encoded(ZSTD, 0, end)
-        yield Encoded(RAW, 0, raw_bytes)
+        yield Encoded(RAW, 0, chunk.raw_bytes)
 
     def _describe(self, stored: memoryview, encoded: Encoded, chunk: _Chunk, begin: int) -> np.void | None:
         if not 0 < encoded.stored_bytes == len(stored) <= chunk.raw_bytes:

@@ -24,7 +24,7 @@ from mmsplit.repairing.structure import FoundIndex, PartitionParts, Patch, find_
 from mmsplit.sidecar.chunk_index import find_fault
 from mmsplit.sidecar.manifest import manifest_name, payload_name
 from mmsplit.sidecar.output_files import output_errors, write_whole_file
-from mmsplit.sidecar.partition_reader import Fault, OpenPartition
+from mmsplit.sidecar.partition_reader import Fault, OpenPartition, open_partition_files
 from mmsplit.sidecar.partition_receiver import PartitionReceiver
 from mmsplit.sidecar.payload_file import PayloadFile
 from mmsplit.sidecar.set_manifest import PartitionEntry, SetManifest
@@ -70,6 +70,9 @@ class PartitionRepair:
         entry = None if self._set is None else self._set.partitions[part_id]
         try:
             self._repair(part_id, path, entry)
+            if not self._options.dry_run and not self._options.only_manifests and not self._is_left(part_id):
+                # The one judge of what is a partition has the last word.
+                open_partition_files(path, "pread").close()
         except ForeignPayloadError as error:
             payload = path.with_suffix(".bin")
             self._ledger.leave(Fault(str(payload), f"{error.what}: {_MOVE_AWAY}", partition=part_id))
@@ -77,6 +80,11 @@ class PartitionRepair:
             self._ledger.leave(Fault(error.path or str(path), error.what, error.offset, partition=part_id))
 
     def _repair(self, part_id: int, path: Path, entry: PartitionEntry | None) -> None:
+        payload = path.with_suffix(".bin")
+        if entry is None and not payload.is_file():
+            what = "payload is missing, and there is no set manifest to say which it was: pull or split it again"
+            self._ledger.leave(Fault(str(payload), what, partition=part_id))
+            return
         found = find_manifest(path, entry, self._copies)
         if found is None:
             self._ledger.leave(Fault(str(path), self._lost_manifest(part_id), partition=part_id))
@@ -84,7 +92,6 @@ class PartitionRepair:
         if self._options.only_manifests:
             self._write_manifest(path, found)
             return
-        payload = path.with_suffix(".bin")
         if not payload.is_file() or payload.stat().st_size == 0:
             self._make_payload(path, entry, found, is_missing=True)
             return
@@ -99,6 +106,9 @@ class PartitionRepair:
                 self._mend_payload(parts, reader, index, patches)
                 return
         self._make_payload(path, entry, found, is_missing=False)
+
+    def _is_left(self, part_id: int) -> bool:
+        return any(fault.partition == part_id for fault in self._ledger.left())
 
     def _lost_manifest(self, part_id: int) -> str:
         return (
@@ -125,7 +135,9 @@ class PartitionRepair:
         if self._options.check_chunks:
             counter = ProgressCounter("verify", reader.size_bytes, self._options.progress)
             damage = find_damage(partition, self._options.threads, counter, decode=self._options.decode)
-        if found.source is not None and len(damage.chunks) == manifest.chunk_count > 1:
+        within = [chunk for chunk in range(manifest.chunk_count) if partition.encoded(chunk)[1] <= reader.size_bytes]
+        if found.source is not None and within and set(within) <= set(damage.chunks) and (patches or len(within) > 1):
+            # Neither its index nor any chunk, nor, if there is but one, its header: it may be somebody else's.
             raise ForeignPayloadError("payload holds no byte of this partition")
         tail = tail_patches(parts, reader, found, self._copies)
         if isinstance(tail, Fault):

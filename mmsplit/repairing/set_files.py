@@ -17,6 +17,7 @@ from mmsplit.errors import (
 from mmsplit.repairing.ledger import THE_SET, Ledger, Mended
 from mmsplit.repairing.manifest_finder import digest_of
 from mmsplit.repairing.sources import RepairSource, SetCopy
+from mmsplit.sidecar.manifest import parse_manifest
 from mmsplit.sidecar.output_directory import STATE_NAME
 from mmsplit.sidecar.output_files import output_errors, write_whole_file
 from mmsplit.sidecar.partition_reader import Fault, read_manifest_copy
@@ -104,14 +105,16 @@ def _require_fit(root: Path, manifest: SetManifest, location: str) -> None:
 
 
 def _digests_here(path: Path) -> set[str]:
-    """Digests of what may be a partition's manifest here: its payload's copy, or where that is lost its file."""
+    """Digests of a partition's manifest here: of its payload's copy, or where that is lost its file, if sound."""
     try:
         return {digest_of(read_manifest_copy(path.with_suffix(".bin")))}
     except (OSError, IntegrityError, CheckpointError, FormatError):
         pass
     try:
-        return {digest_of(path.read_bytes())}
-    except OSError:
+        data = path.read_bytes()
+        parse_manifest(data, str(path))
+        return {digest_of(data)}
+    except (OSError, IntegrityError, FormatError):
         return set()
 
 
