@@ -25,6 +25,7 @@ from mmsplit.sidecar.chunk_check import Wanted, check_chunks, chunk_fault, raw_c
 from mmsplit.sidecar.output_files import output_errors
 from mmsplit.sidecar.partition_reader import Fault, OpenPartition
 from mmsplit.sidecar.payload_file import PayloadFile
+from mmsplit.sidecar.piece_fetcher import FETCH_ATTEMPTS
 from mmsplit.workers import JobStream, ProgressCounter, WorkerGroup
 
 
@@ -141,8 +142,7 @@ class ChunkMender:
                 reasons.append(self._silent[number])
                 continue
             try:
-                data = source.stored_chunk(self._partition, chunk, encoding, go_on)
-                check.require(chunk, data)
+                data = self._right_chunk(source, chunk, encoding, check, go_on)
             except (IntegrityError, CheckpointError, RequestError) as error:
                 reasons.append(f"{source.location}: {error.what}")
                 continue
@@ -157,6 +157,21 @@ class ChunkMender:
             return
         why = "; ".join(reasons) or "no source was given"
         self._ledger.leave(chunk_fault(self._partition, chunk, f"stored bytes are damaged ({why})", "chunk"))
+
+    def _right_chunk(
+        self, source: ChunkSource, chunk: int, encoding: Encoding, check: _RecordCheck, go_on: GoOn
+    ) -> memoryview:
+        """Ask a source for a chunk; what arrives wrong over a network is asked for again."""
+        attempts = FETCH_ATTEMPTS if source.is_remote else 1
+        while True:
+            try:
+                data = source.stored_chunk(self._partition, chunk, encoding, go_on)
+                check.require(chunk, data)
+                return data
+            except IntegrityError:
+                attempts -= 1
+                if not attempts:
+                    raise
 
 
 class _RecordCheck:

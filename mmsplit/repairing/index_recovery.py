@@ -55,7 +55,9 @@ def recover_index(manifest: Manifest, reader: FileReader) -> ChunkIndex | None:
 def _iter_chunks(manifest: Manifest) -> Iterator[_Chunk]:
     for slot in iter_slots(iter_stored(planned_partition(manifest))):
         for number, chunk in enumerate(slot.chunks):
-            yield _Chunk(slot.first_chunk + number, chunk.tensor_index, chunk.tensor.dtype, chunk.raw_bytes, number == 0)
+            yield _Chunk(
+                slot.first_chunk + number, chunk.tensor_index, chunk.tensor.dtype, chunk.raw_bytes, number == 0
+            )
 
 
 class _Recovery:

@@ -51,6 +51,10 @@ class ChunkSource(Protocol):
         """What messages call it."""
 
     @property
+    def is_remote(self) -> bool:
+        """Whether bytes come over a network, so that asking again may bring others."""
+
+    @property
     def read_bytes(self) -> int:
         """How much was read from it so far."""
 
@@ -82,6 +86,11 @@ class SetCopy:
     def directory(self) -> Path | None:
         """Where it lies if it lies on this machine."""
         return self._place.directory
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies elsewhere."""
+        return self._place.directory is None
 
     @property
     def read_bytes(self) -> int:
@@ -154,6 +163,16 @@ class CheckpointSource:
     def location(self) -> str:
         """Where it is, as a person would name it."""
         return self.checkpoint.location
+
+    @property
+    def directory(self) -> Path | None:
+        """Where it lies if it lies on this machine."""
+        return self.checkpoint.storage.directory
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies elsewhere."""
+        return self.directory is None
 
     @property
     def read_bytes(self) -> int:

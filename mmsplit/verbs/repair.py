@@ -203,8 +203,7 @@ def _open_sources(
     for each in given:
         place = open_repair_source(each, hub)
         stack.callback(place.close)
-        directory = place.directory if isinstance(place, SetCopy) else place.checkpoint.storage.directory
-        if directory is not None and directory.resolve() == root.resolve():
+        if place.directory is not None and place.directory.resolve() == root.resolve():
             raise RequestError("the source is the set itself", path=root, hint="Give another copy, or the checkpoint.")
         opened.append(place)
     return tuple(opened)

@@ -11,7 +11,7 @@ import pytest
 from checkpoints import CAUSAL_CONFIG, MIB, Weight, flip, llama_weights, sample, tree, write_checkpoint
 
 from mmsplit.checkpoint import open_checkpoint
-from mmsplit.errors import FormatError, IntegrityError, OutputLockedError, RequestError
+from mmsplit.errors import FormatError, IntegrityError, OutputError, OutputLockedError, RequestError
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD
 from mmsplit.sidecar.layout import DATA_START
 from mmsplit.sidecar.output_directory import OutputDirectory
@@ -121,7 +121,7 @@ def _all(*damages: Damage) -> Damage:
 
 #: What the set itself is enough for.
 _SELF: dict[str, Damage] = {
-    "nothing": lambda root: None,
+    "nothing": lambda _: None,
     "file header": _flip_at("partition_0.bin", 30),
     "magic": _flip_at("partition_0.bin", 2),
     "version": _flip_at("partition_0.bin", 9),
@@ -515,8 +515,8 @@ def test_interrupted_at_every_write_it_goes_on(
         try:
             repair(damaged, source, threads=1)
             break
-        except Exception as error:
-            assert "Input/output error" in str(error)
+        except (OutputError, OSError):
+            pass
         assert _wrong_chunks(damaged, made) <= wrong
         state["left"] = 10**9
         _require_whole(repair(damaged, source), damaged, made)
@@ -529,7 +529,7 @@ def test_what_does_not_read_back_is_not_called_repaired(
 ) -> None:
     """A disk that takes a write and forgets it: the chunk stays on the list."""
     _flip_chunk(1, 5)(damaged)
-    monkeypatch.setattr(PayloadFile, "write", lambda self, offset, data: None)
+    monkeypatch.setattr(PayloadFile, "write", lambda *_: None)
     result = repair(damaged, source)
     assert (result.ok, result.mended) == (False, ())
     assert "does not read back" in result.problems[0].what
