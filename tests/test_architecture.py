@@ -117,6 +117,7 @@ HOUSE = {
     "repairing": [
         "ledger",
         "sources",
+        "siblings",
         "planned_partition",
         "index_recovery",
         "manifest_finder",

@@ -138,6 +138,8 @@ class ChunkMender:
     def _mend_chunk(self, chunk: int, encoding: Encoding, check: _RecordCheck, go_on: GoOn) -> None:
         reasons = []
         for number, source in enumerate(self._sources):
+            if not source.may_have(self._partition, chunk):
+                continue
             if number in self._silent:
                 reasons.append(self._silent[number])
                 continue

@@ -19,8 +19,10 @@ from mmsplit.repairing.chunk_mender import ChunkMender, Damage, chunk_mended, fi
 from mmsplit.repairing.ledger import THE_SET, Ledger, Mended
 from mmsplit.repairing.manifest_finder import ForeignPayloadError, FoundManifest, find_manifest
 from mmsplit.repairing.payload_rebuild import rebuild_payload
-from mmsplit.repairing.sources import CheckpointSource, RepairSource, SetCopy
+from mmsplit.repairing.siblings import Siblings
+from mmsplit.repairing.sources import CheckpointSource, ChunkSource, RepairSource, SetCopy
 from mmsplit.repairing.structure import FoundIndex, PartitionParts, Patch, find_index, header_patches, tail_patches
+from mmsplit.sidecar.chunk_check import chunk_fault
 from mmsplit.sidecar.chunk_index import find_fault
 from mmsplit.sidecar.manifest import manifest_name, payload_name
 from mmsplit.sidecar.output_files import output_errors, write_whole_file
@@ -47,12 +49,16 @@ class RepairOptions:
 
 
 class PartitionRepair:
-    """Repairs partitions of the set in `root`, which is locked unless nothing is written."""
+    """Repairs partitions of the set in `root`, which is locked unless nothing is written.
+
+    `part_ids` are those that the set has.
+    """
 
     def __init__(
         self,
         root: Path,
         set_manifest: SetManifest | None,
+        part_ids: tuple[int, ...],
         sources: Sequence[RepairSource],
         ledger: Ledger,
         options: RepairOptions,
@@ -61,8 +67,14 @@ class PartitionRepair:
         self._set = set_manifest
         self._sources = tuple(sources)
         self._copies = tuple(source for source in sources if isinstance(source, SetCopy))
+        self._siblings = Siblings(root, part_ids)
+        self._chunk_sources: tuple[ChunkSource, ...] = (self._siblings, *self._sources)
         self._ledger = ledger
         self._options = options
+
+    def close(self) -> None:
+        """Close what was opened of other partitions; the sources stay the caller's."""
+        self._siblings.close()
 
     def repair(self, part_id: int) -> None:
         """Repair one partition; all that is found goes to the ledger.  Raises `OutputError`."""
@@ -167,7 +179,7 @@ class PartitionRepair:
             return
         out = PayloadFile(payload, direct=False)
         try:
-            mender = ChunkMender(partition, self._sources, out, self._ledger)
+            mender = ChunkMender(partition, self._chunk_sources, out, self._ledger)
             total = sum(stop - start for start, stop, _ in map(partition.encoded, damage.chunks))
             counter = ProgressCounter("repair", total, self._options.progress)
             mender.mend(damage.chunks, max(self._options.threads, self._options.connections), counter)
@@ -184,14 +196,12 @@ class PartitionRepair:
             self._ledger.mend(note)
 
     def _would_mend(self, partition: OpenPartition, chunk: int) -> None:
-        if self._sources:
-            self._ledger.mend(chunk_mended(partition, chunk, self._sources[0].location))
+        source = next((each for each in self._chunk_sources if each.may_have(partition, chunk)), None)
+        if source is not None:
+            self._ledger.mend(chunk_mended(partition, chunk, source.location))
         else:
-            fault = chunk_mended(partition, chunk, None)
             what = "stored bytes are damaged (no source was given)"
-            self._ledger.leave(
-                Fault(fault.file, what, fault.start, fault.stop, fault.partition, None, fault.tensor, "chunk", chunk)
-            )
+            self._ledger.leave(chunk_fault(partition, chunk, what, "chunk"))
 
     def _make_payload(
         self, path: Path, entry: PartitionEntry | None, found: FoundManifest, *, is_missing: bool

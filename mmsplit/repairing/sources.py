@@ -14,7 +14,14 @@ import xxhash
 
 from mmsplit.checkpoint import Checkpoint, RangeReader, Scratch
 from mmsplit.codec import PLANES, RAW, ZSTD, ChunkEncoder, CodecName
-from mmsplit.errors import CheckpointError, IntegrityError, NetworkError, RemoteNotFoundError, RequestError
+from mmsplit.errors import (
+    CheckpointError,
+    IntegrityError,
+    NetworkError,
+    OfflineError,
+    RemoteNotFoundError,
+    RequestError,
+)
 from mmsplit.remote.remote_file import GoOn, RemoteFile
 from mmsplit.remote.repository import hub_endpoint
 from mmsplit.remote.set_source import SetSource, open_set_source, parse_hub_folder
@@ -54,18 +61,14 @@ class ChunkSource(Protocol):
     def is_remote(self) -> bool:
         """Whether bytes come over a network, so that asking again may bring others."""
 
-    @property
-    def read_bytes(self) -> int:
-        """How much was read from it so far."""
+    def may_have(self, partition: OpenPartition, chunk: int) -> bool:
+        """Whether it is worth asking."""
 
     def stored_chunk(self, partition: OpenPartition, chunk: int, encoding: Encoding, go_on: GoOn) -> memoryview:
         """Return what it takes for the chunk as it was stored; who asks compares it.
 
         Raises `IntegrityError`, `CheckpointError` or `NetworkError`.
         """
-
-    def small_file(self, name: str, size_bytes: int) -> bytes | None:
-        """Return a file of the model, None if there is none of that name and length."""
 
 
 class SetCopy:
@@ -123,6 +126,10 @@ class SetCopy:
             return None if stop > file.size_bytes else self._read(file, start, stop)
         except RemoteNotFoundError:
             return None
+
+    def may_have(self, partition: OpenPartition, chunk: int) -> bool:  # noqa: ARG002
+        """It is the whole: it may have any chunk."""
+        return True
 
     def stored_chunk(self, partition: OpenPartition, chunk: int, encoding: Encoding, go_on: GoOn) -> memoryview:
         """Read the chunk where it lies in the copy."""
@@ -194,6 +201,10 @@ class CheckpointSource:
                 hint="Give the checkpoint that the set was made from.",
             )
 
+    def may_have(self, partition: OpenPartition, chunk: int) -> bool:  # noqa: ARG002
+        """It is the whole: it may have any chunk."""
+        return True
+
     def stored_chunk(self, partition: OpenPartition, chunk: int, encoding: Encoding, go_on: GoOn) -> memoryview:
         """Read the chunk's raw bytes, compare them with the record, and encode them as the record says."""
         go_on()
@@ -253,10 +264,10 @@ def open_repair_source(source: str | Path | Checkpoint, hub: HubOptions) -> Repa
         return CheckpointSource(open_source(path, hub, allow_unknown_dtypes=True))
     if parse_hub_folder(source, hub_endpoint(hub.endpoint)).folder or hub_address_of(source, hub) is None:
         return SetCopy(open_set_source(source, hub))
-    place = open_set_source(source, hub)
     try:
+        place = open_set_source(source, hub)
         place.open(SET_MANIFEST_NAME)
-    except RemoteNotFoundError:
+    except (RemoteNotFoundError, OfflineError):  # offline, the cache may have the checkpoint
         return CheckpointSource(open_source(source, hub, allow_unknown_dtypes=True))
     return SetCopy(place)
 

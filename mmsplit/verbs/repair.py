@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, get_args
 
@@ -120,11 +120,13 @@ class _RepairRun:
     def execute(self, wanted: tuple[int, ...] | None, *, is_set: bool, root_digest: str | None) -> RepairResult:
         found = self._set_manifest(is_set, root_digest)
         part_ids = self._part_ids(found, wanted)
+        manifest = None if found is None else found.manifest
         repair = PartitionRepair(
-            self._root, None if found is None else found.manifest, self._sources, self._ledger, self._options
+            self._root, manifest, self._all_parts(found), self._sources, self._ledger, self._options
         )
-        for part_id in part_ids:
-            repair.repair(part_id)
+        with closing(repair):
+            for part_id in part_ids:
+                repair.repair(part_id)
         if found is not None and is_set:
             dry_run = self._options.dry_run
             if not self._options.only_manifests:
@@ -158,8 +160,11 @@ class _RepairRun:
             self._ledger.leave(Fault(str(path), found))
         return None
 
+    def _all_parts(self, found: FoundSet | None) -> tuple[int, ...]:
+        return _part_ids_in(self._root) if found is None else tuple(range(len(found.manifest.partitions)))
+
     def _part_ids(self, found: FoundSet | None, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
-        there = _part_ids_in(self._root) if found is None else tuple(range(len(found.manifest.partitions)))
+        there = self._all_parts(found)
         if wanted is None:
             return there
         for part_id in wanted:

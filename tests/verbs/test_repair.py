@@ -148,7 +148,7 @@ _SELF: dict[str, Damage] = {
 
 #: What takes either source.
 _EITHER: dict[str, Damage] = {
-    "one chunk": _flip_chunk(0, 0),
+    "one chunk": _flip_chunk(0, 1),
     "chunk of several": _flip_chunk(1, 4),
     "all chunks but one": _several_chunks,
     "payload cut in half": _cut("partition_1.bin", 0.5),
@@ -342,6 +342,28 @@ def test_an_encoder_that_gives_other_bytes_is_no_source(
     assert any("encodes to other bytes" in fault.what for fault in repair(damaged, source).problems)
     assert not list(damaged.glob("*.partial"))
     _require_whole(repair(damaged, [source, made]), damaged, made)
+
+
+def test_a_tied_weight_is_repaired_from_its_other_copy(damaged: Path, made: Path) -> None:
+    """The head's partition has the embedding once more: each copy repairs the other, without any source."""
+    places = {}
+    for part_id in (0, 1):
+        with open_partition_files(made / f"partition_{part_id}.json", "pread") as partition:
+            tied = next(tensor for tensor in partition.tensors if tensor.name == "model.embed_tokens.weight")
+            places[part_id] = partition.encoded(tied.first_chunk)[0]
+    for part_id, place in places.items():
+        flip(damaged / f"partition_{part_id}.bin", place)
+        planned = repair(damaged, dry_run=True)
+        assert [item.source for item in planned.mended] == ["the set itself"]
+        result = repair(damaged)
+        assert result.mended == planned.mended
+        _require_whole(result, damaged, made)
+    for part_id, place in places.items():
+        flip(damaged / f"partition_{part_id}.bin", place)
+    result = repair(damaged)
+    assert [fault.partition for fault in result.problems] == [0, 1]
+    assert "the set itself: it does not give the bytes that were stored" in result.problems[0].what
+    _require_whole(repair(damaged, made), damaged, made)
 
 
 def test_a_damaged_copy_gives_what_it_has(damaged: Path, made: Path, tmp_path: Path) -> None:
