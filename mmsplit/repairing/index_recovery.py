@@ -48,8 +48,12 @@ def recover_index(manifest: Manifest, reader: FileReader) -> ChunkIndex | None:
             position = begin + int(record["stored_bytes"])
     except MmsplitError:  # a disk that fails, or a file that ends too early
         return None
-    fits = xxhash.xxh3_64_hexdigest(recovery.index.tobytes()) == manifest.index_xxh3
-    return recovery.index if fits else None
+    return recovery.index if is_recorded_index(manifest, recovery.index.tobytes()) else None
+
+
+def is_recorded_index(manifest: Manifest, data: bytes) -> bool:
+    """Whether these are the bytes of the chunk index that the manifest was written with."""
+    return xxhash.xxh3_64_hexdigest(data) == manifest.index_xxh3
 
 
 def _iter_chunks(manifest: Manifest) -> Iterator[_Chunk]:

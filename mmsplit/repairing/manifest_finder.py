@@ -10,11 +10,11 @@ import hashlib
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import xxhash
 import zstandard
 
 from mmsplit.checkpoint import FileReader
 from mmsplit.errors import CheckpointError, FormatError, IntegrityError
+from mmsplit.repairing.index_recovery import is_recorded_index
 from mmsplit.repairing.ledger import THE_SET
 from mmsplit.repairing.sources import SetCopy, first_that_has
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD
@@ -117,7 +117,7 @@ def _describes(data: bytes, payload: Path) -> bool:
             stop = manifest.data_stop + manifest.chunk_count * CHUNK_RECORD.itemsize
             if stop > reader.size_bytes:
                 return False
-            index = xxhash.xxh3_64_hexdigest(reader.read(manifest.data_stop, stop)) == manifest.index_xxh3
+            index = is_recorded_index(manifest, reader.read(manifest.data_stop, stop))
             identity = (manifest.part_id, manifest.num_parts, manifest.plan_digest, manifest.source_digest)
             return index and reader.read(0, HEADER_BYTES) == pack_header(*identity)[:HEADER_BYTES]
     except (OSError, IntegrityError, CheckpointError, FormatError):

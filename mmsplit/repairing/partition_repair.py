@@ -14,7 +14,7 @@ from typing import cast
 
 from mmsplit.checkpoint import FileReader
 from mmsplit.codec import CodecName
-from mmsplit.errors import CheckpointError, FormatError, IntegrityError, NetworkError
+from mmsplit.errors import CheckpointError, FormatError, IntegrityError, NetworkError, NoSpaceError
 from mmsplit.repairing.chunk_mender import ChunkMender, Damage, chunk_mended, find_damage
 from mmsplit.repairing.ledger import THE_SET, Ledger, Mended
 from mmsplit.repairing.manifest_finder import ForeignPayloadError, FoundManifest, find_manifest
@@ -25,6 +25,7 @@ from mmsplit.repairing.structure import FoundIndex, PartitionParts, Patch, find_
 from mmsplit.sidecar.chunk_check import chunk_fault
 from mmsplit.sidecar.chunk_index import find_fault
 from mmsplit.sidecar.manifest import manifest_name, payload_name
+from mmsplit.sidecar.output_directory import free_bytes
 from mmsplit.sidecar.output_files import output_errors, write_whole_file
 from mmsplit.sidecar.partition_reader import Fault, OpenPartition, open_partition_files
 from mmsplit.sidecar.partition_receiver import PartitionReceiver
@@ -233,6 +234,17 @@ class PartitionRepair:
         reason = "; ".join(reasons) or "no checkpoint was given"
         self._ledger.leave(Fault(str(payload), f"{why} ({reason})", partition=part_id))
 
+    def _require_space(self, needed_bytes: int) -> None:
+        free = free_bytes(self._root)
+        if free < needed_bytes:
+            raise NoSpaceError(
+                "too little free space for a whole payload",
+                path=self._root,
+                expected=f"{needed_bytes:,} bytes free",
+                found=free,
+                hint=f"Free {needed_bytes - free:,} bytes more, then repair again.",
+            )
+
     def _receive(self, entry: PartitionEntry | None, source: SetCopy) -> None:
         if entry is None or self._set is None:
             raise IntegrityError("without the set manifest nothing says whether its payload is the right one")
@@ -243,12 +255,14 @@ class PartitionRepair:
             connections=self._options.connections,
             threads=self._options.threads,
         )
+        self._require_space(receiver.missing_bytes)
         counter = ProgressCounter("repair", entry.payload_bytes, self._options.progress)
         source.count(receiver.receive(source.open, counter.add).fetched_bytes)
 
     def _encode(self, path: Path, found: FoundManifest, source: CheckpointSource) -> None:
         if self._set is None:
             raise IntegrityError("without the set manifest nothing says how its payload was encoded")
+        self._require_space(self._set.partitions[found.manifest.part_id].payload_bytes)
         codec = cast(CodecName, self._set.codec)  # parsing has seen to it that it is one
         options = self._options
         rebuild_payload(path, found.data, found.manifest, codec, source, options.threads, options.progress)

@@ -10,12 +10,11 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import xxhash
-
 from mmsplit.checkpoint import ShardRange, iter_with_read_ahead
 from mmsplit.codec import CodecName
 from mmsplit.errors import IntegrityError
 from mmsplit.planning import iter_stored
+from mmsplit.repairing.index_recovery import is_recorded_index
 from mmsplit.repairing.planned_partition import planned_partition
 from mmsplit.repairing.sources import CheckpointSource
 from mmsplit.sidecar.chunk_index import tensor_checksum
@@ -56,7 +55,7 @@ def rebuild_payload(
     try:
         writer.open()
         _write_slots(writer, slots[writer.recovered_slots :], manifest.part_id, codec, source, threads, counter)
-        if xxhash.xxh3_64_hexdigest(writer.index.tobytes()) == manifest.index_xxh3:
+        if is_recorded_index(manifest, writer.index.tobytes()):
             writer.finish(json, path)
             return
     finally:

@@ -13,7 +13,7 @@ import zstandard
 
 from mmsplit.checkpoint import FileReader
 from mmsplit.errors import CheckpointError, IntegrityError
-from mmsplit.repairing.index_recovery import recover_index
+from mmsplit.repairing.index_recovery import is_recorded_index, recover_index
 from mmsplit.repairing.ledger import THE_SET, Mended
 from mmsplit.repairing.manifest_finder import ForeignPayloadError
 from mmsplit.repairing.sources import SetCopy, first_that_has
@@ -64,7 +64,7 @@ def find_index(parts: PartitionParts, reader: FileReader, copies: tuple[SetCopy,
     start, stop = manifest.data_stop, manifest.data_stop + manifest.chunk_count * CHUNK_RECORD.itemsize
 
     def fits(data: bytes) -> bool:
-        return len(data) == stop - start and xxhash.xxh3_64_hexdigest(data) == manifest.index_xxh3
+        return len(data) == stop - start and is_recorded_index(manifest, data)
 
     there = read_if_there(reader, start, stop)
     if there is not None and fits(there):
