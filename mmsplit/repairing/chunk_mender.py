@@ -37,8 +37,10 @@ class Damage(NamedTuple):
     hopeless: tuple[Fault, ...]
 
 
-def find_damage(partition: OpenPartition, threads: int, counter: ProgressCounter, *, decode: bool) -> Damage:
-    """Look at all data.  The payload may be shorter than it should; what is not there is damaged."""
+def find_damage(
+    partition: OpenPartition, threads: int, counter: ProgressCounter, *, look: bool, decode: bool
+) -> Damage:
+    """Look at all data, or unless `look` only at what the file ends before: that is damaged in any case."""
     lock = threading.Lock()
     faults: list[Fault] = []
 
@@ -47,7 +49,8 @@ def find_damage(partition: OpenPartition, threads: int, counter: ProgressCounter
             faults.append(fault)
 
     there = _is_there(partition)
-    check_chunks(partition, threads, report, counter, decode=decode, wanted=there)
+    if look:
+        check_chunks(partition, threads, report, counter, decode=decode, wanted=there)
     unread = [
         chunk
         for fault in faults

@@ -144,10 +144,9 @@ class PartitionRepair:
         if fault is not None:
             raise IntegrityError(f"chunk {fault[0]:,} {fault[1]}", path=reader.path)
         partition = OpenPartition(path, manifest, found.records, reader)
-        damage = Damage((), (), ())
-        if self._options.check_chunks:
-            counter = ProgressCounter("verify", reader.size_bytes, self._options.progress)
-            damage = find_damage(partition, self._options.threads, counter, decode=self._options.decode)
+        options = self._options
+        counter = ProgressCounter("verify", reader.size_bytes, options.progress)
+        damage = find_damage(partition, options.threads, counter, look=options.check_chunks, decode=options.decode)
         within = [chunk for chunk in range(manifest.chunk_count) if partition.encoded(chunk)[1] <= reader.size_bytes]
         if found.source is not None and within and set(within) <= set(damage.chunks) and (patches or len(within) > 1):
             # Neither its index nor any chunk, nor, if there is but one, its header: it may be somebody else's.

@@ -390,15 +390,18 @@ def test_a_copy_that_is_another_set_changes_nothing(damaged: Path, source: Path,
     assert not (damaged / SET_MANIFEST_NAME).exists()
 
 
-@pytest.mark.parametrize("kind", ["swapped", "other set"])
+@pytest.mark.parametrize("kind", ["swapped", "swapped, and damaged", "other set"])
 def test_a_sound_payload_of_another_partition_is_not_written_over(
     damaged: Path, made: Path, source: Path, tmp_path: Path, kind: str
 ) -> None:
     """It may be the only copy of what it holds."""
-    if kind == "swapped":
+    if kind != "other set":
         (damaged / "partition_0.bin").rename(damaged / "x")
         (damaged / "partition_1.bin").rename(damaged / "partition_0.bin")
         (damaged / "x").rename(damaged / "partition_1.bin")
+        if kind != "swapped":
+            for name in ("partition_0.bin", "partition_1.bin"):
+                _flip_at(name, -5)(damaged)
     else:
         split(source, tmp_path / "other", 2, codec="raw", model_id="modèle/é", revision="r1")
         shutil.copyfile(tmp_path / "other" / "partition_0.bin", damaged / "partition_0.bin")
@@ -428,6 +431,15 @@ def test_decoding_finds_what_was_stored_wrong(damaged: Path, made: Path, source:
     _flip_chunk(0, 0)(damaged)
     assert repair(damaged, source, level="quick").mended == ()
     _require_whole(repair(damaged, source, level="full"), damaged, made)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "copy"])
+@pytest.mark.parametrize("length", [DATA_START, 5 * MIB, -1, -200])
+def test_what_is_cut_off_is_no_matter_of_level(damaged: Path, made: Path, source: Path, kind: str, length: int) -> None:
+    """Level quick reads no chunk, but one that is not there is not made up of zeros."""
+    path = damaged / "partition_1.bin"
+    os.truncate(path, length if length > 0 else path.stat().st_size + length)
+    _require_whole(repair(damaged, source if kind == "checkpoint" else made, level="quick"), damaged, made)
 
 
 def test_rebuild_manifest(damaged: Path, made: Path) -> None:
