@@ -18,7 +18,7 @@ from mmsplit.cli.app import app
 from mmsplit.synthetic import write_synthetic_checkpoint
 
 ROOT = Path(__file__).parent.parent
-SHOWING_COMMANDS = ("README.md", "docs/usage.md", "docs/larger-than-disk.md")
+SHOWING_COMMANDS = ("README.md", "docs/usage.md", "docs/larger-than-disk.md", "docs/repair.md")
 DOCUMENTS = (*SHOWING_COMMANDS, "docs/python.md", "docs/architecture.md", "docs/errors.md")
 
 
@@ -52,7 +52,7 @@ def environment(workplace: Path) -> Iterator[dict[str, str]]:
 
 def _commands(document: str) -> list[str]:
     blocks = re.findall(r"```console\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
-    return re.findall(r"^ *\$ (mmsplit .*)$", "\n".join(blocks), re.MULTILINE)
+    return re.findall(r"^ *\$ ((?:mmsplit|rm|dd) .*)$", "\n".join(blocks), re.MULTILINE)
 
 
 @pytest.mark.parametrize("document", SHOWING_COMMANDS)
@@ -64,7 +64,8 @@ def test_every_command_shown_runs(document: str, workplace: Path, environment: d
     commands = _commands(document)
     assert commands
     for command in commands:
-        words = [sys.executable, "-m", *command.split()]
+        words = command.split()
+        words = [sys.executable, "-m", *words] if words[0] == "mmsplit" else words
         result = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, f"{command}\n{result.stderr}"
 
