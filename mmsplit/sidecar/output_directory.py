@@ -18,8 +18,10 @@ from typing import Final, Literal
 
 import xxhash
 
+from mmsplit.durable import make_directory
 from mmsplit.errors import MmsplitError, NoSpaceError, OutputError, OutputExistsError, OutputLockedError
 from mmsplit.sidecar.framing import MAGIC
+from mmsplit.sidecar.layout import DATA_START
 from mmsplit.sidecar.manifest import manifest_name, parse_manifest, payload_name
 from mmsplit.sidecar.output_files import PARTIAL_SUFFIX, output_errors, sync_directory, write_whole_file
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest, parse_set_manifest
@@ -56,7 +58,7 @@ class OutputDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise OutputExistsError("output is not a directory", path=self.path, hint="Give another -o DIR.")
         with output_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
             self._lock_fd = _lock(self.path / LOCK_NAME)
         return self
 
@@ -325,16 +327,17 @@ def _state_checksum(state: Mapping[str, object]) -> str:
 def _is_ours(path: Path) -> bool:
     """Whether a file that has a name of ours has our content, too.
 
-    A journal and half a JSON have no mark and go by their name; a payload has its header before anything else.
+    A journal and half a JSON have no mark and go by their name; a payload has its header before anything else, or, after
+    a loss of power, zeros in the place of a header that had not reached the disk.
     """
     if not path.is_file() or path.is_symlink():
         return False
     if path.name.endswith((".journal", f".json{PARTIAL_SUFFIX}")):
         return True
     with path.open("rb") as file:
-        head = file.read(256)
+        head = file.read(DATA_START)
     if path.name.endswith(f".bin{PARTIAL_SUFFIX}"):
-        return not head or head.startswith(MAGIC)
+        return not any(head) or head.startswith(MAGIC)
     return head.startswith(MAGIC) if path.suffix == ".bin" else b'"mmsplit-' in head
 
 

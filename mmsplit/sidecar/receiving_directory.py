@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from mmsplit.checkpoint.directory import MAX_SMALL_FILE_BYTES
+from mmsplit.durable import make_directory
 from mmsplit.errors import FormatError, IntegrityError, OutputExistsError
 from mmsplit.remote.remote_file import GoOn, RemoteFile
 from mmsplit.sidecar.json_fields import load_json_object
@@ -133,7 +134,8 @@ class ReceivingDirectory:
         data, fetched = _fetch_small_file(entry, open_file, go_on) if entry.size_bytes else (b"", 0)
         place = self._out.path / entry.name
         with output_errors(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
+            if place.parent != self._out.path:
+                make_directory(place.parent)
         write_whole_file(place, data)
         return fetched
 

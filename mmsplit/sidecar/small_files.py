@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from mmsplit.checkpoint import Storage
+from mmsplit.durable import make_directory
 from mmsplit.errors import CheckpointError, IntegrityError, OutputExistsError, SourceChangedError
 from mmsplit.sidecar.output_files import output_errors, write_whole_file
 from mmsplit.sidecar.set_manifest import FileEntry
@@ -77,7 +78,8 @@ def copy_small_files(source: Storage, entries: Sequence[FileEntry], target: Path
         with output_errors(place):
             if place.is_file() and place.read_bytes() == data:
                 continue
-            place.parent.mkdir(parents=True, exist_ok=True)
+            if place.parent != target:
+                make_directory(place.parent)
         write_whole_file(place, data)
 
 
