@@ -25,6 +25,7 @@ HOUSE = {
         "torch_zip",
         "torch_legacy",
         "torch_file",
+        "file_system",
         "file_reader",
         "prefetcher",
         "storage",
