@@ -55,9 +55,9 @@ class OutputDirectory:
         self._lock_fd = -1
 
     def __enter__(self) -> OutputDirectory:
-        if self.path.exists() and not self.path.is_dir():
-            raise OutputExistsError("output is not a directory", path=self.path, hint="Give another -o DIR.")
         with output_errors(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise OutputExistsError("output is not a directory", path=self.path, hint="Give another -o DIR.")
             make_directory(self.path)
             self._lock_fd = _lock(self.path / LOCK_NAME)
         return self
@@ -327,8 +327,8 @@ def _state_checksum(state: Mapping[str, object]) -> str:
 def _is_ours(path: Path) -> bool:
     """Whether a file that has a name of ours has our content, too.
 
-    A journal and half a JSON have no mark and go by their name; a payload has its header before anything else, or, after
-    a loss of power, zeros in the place of a header that had not reached the disk.
+    A journal and half a JSON have no mark and go by their name; a payload has its header before anything else, or,
+    after a loss of power, zeros in the place of a header that had not reached the disk.
     """
     if not path.is_file() or path.is_symlink():
         return False
@@ -344,7 +344,7 @@ def _is_ours(path: Path) -> bool:
 def _lock(path: Path) -> int:
     """Take the lock file's lock; the loser of a race with its removal tries again on the new file."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             if not _try_lock(fd):
                 raise OutputLockedError(

@@ -20,7 +20,13 @@ from mmsplit.errors import FormatError, IntegrityError, OutputExistsError
 from mmsplit.remote.remote_file import GoOn, RemoteFile
 from mmsplit.sidecar.json_fields import load_json_object
 from mmsplit.sidecar.output_directory import STATE_NAME, OutputDirectory
-from mmsplit.sidecar.output_files import PARTIAL_SUFFIX, output_errors, sync_directory, write_whole_file
+from mmsplit.sidecar.output_files import (
+    PARTIAL_SUFFIX,
+    output_errors,
+    require_no_links,
+    sync_directory,
+    write_whole_file,
+)
 from mmsplit.sidecar.partition_reader import MAX_MANIFEST_BYTES
 from mmsplit.sidecar.piece_fetcher import FETCH_ATTEMPTS
 from mmsplit.sidecar.set_manifest import (
@@ -175,6 +181,7 @@ class ReceivingDirectory:
         return True
 
     def _is_missing(self, entry: FileEntry) -> bool:
+        require_no_links(self._out.path, entry.name)
         place = self._out.path / entry.name
         if not os.path.lexists(place):
             return True
