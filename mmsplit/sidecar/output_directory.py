@@ -91,7 +91,7 @@ class OutputDirectory:
             self.small_files = self._recorded_small_files()
             if part_ids is not None:
                 # Killed between the set manifest and the end of the state, a run leaves both.
-                own = {name for name in os.listdir(self.path) if _part_id_of(name) in (None, *part_ids)}
+                own = {name for name in self._listing() if _part_id_of(name) in (None, *part_ids)}
                 self.neighbours = self._finished_partitions(identity, own)
             return "unfinished"
         if manifest_path.exists():
@@ -118,7 +118,7 @@ class OutputDirectory:
 
         Files named in `ignored` do not count, nor what a run left that was killed while it wrote its first state.
         """
-        names = [name for name in os.listdir(self.path) if _OURS.match(name) and name not in ignored]
+        names = [name for name in self._listing() if _OURS.match(name) and name not in ignored]
         names = sorted(name for name in names if not name.startswith(STATE_NAME))
         found = set()
         for name in names:
@@ -244,12 +244,16 @@ class OutputDirectory:
                     hint="Bring it back, or use --force to split again.",
                 )
 
+    def _listing(self) -> list[str]:
+        with output_errors(self.path):
+            return os.listdir(self.path)
+
     def _find_own_files(self, part_ids: Collection[int] | None) -> None:
         """Find what mmsplit wrote here, for `remove_own_files`; a foreign file with a name of ours is refused.
 
         With `part_ids`, the files of other partitions are left alone.
         """
-        names = [name for name in os.listdir(self.path) if _OURS.match(name)]
+        names = [name for name in self._listing() if _OURS.match(name)]
         if part_ids is not None:
             names = [name for name in names if _part_id_of(name) in (None, *part_ids)]
         for name in names:
@@ -295,7 +299,7 @@ class OutputDirectory:
         except OutputExistsError:
             return None
         # Beside single partitions nobody recorded who wrote them.
-        return None if any(_part_id_of(name) is not None for name in os.listdir(self.path)) else {}
+        return None if any(_part_id_of(name) is not None for name in self._listing()) else {}
 
 
 def free_bytes(path: Path) -> int:
@@ -334,7 +338,7 @@ def _is_ours(path: Path) -> bool:
         return False
     if path.name.endswith((".journal", f".json{PARTIAL_SUFFIX}")):
         return True
-    with path.open("rb") as file:
+    with output_errors(path), path.open("rb") as file:
         head = file.read(DATA_START)
     if path.name.endswith(f".bin{PARTIAL_SUFFIX}"):
         return not any(head) or head.startswith(MAGIC)

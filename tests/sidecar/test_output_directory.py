@@ -155,3 +155,16 @@ def test_a_payload_whose_header_did_not_reach_the_disk_is_ours(tmp_path: Path) -
         assert out.prepare(_IDENTITY, "force") == "nothing"
         out.remove_own_files()
     assert not hole.exists()
+
+
+def test_a_directory_that_cannot_be_listed_is_an_error_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many open files, say; with force as without."""
+
+    def refuse(_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with OutputDirectory(tmp_path) as out:
+        monkeypatch.setattr(os, "listdir", refuse)
+        for existing in ("refuse", "force"):
+            with pytest.raises(OutputError, match="Too many open files"):
+                out.prepare(_IDENTITY, existing)
