@@ -1,8 +1,9 @@
-"""What is done to the machine: file systems mounted, limits set, signals sent; and what is left out, so as not to wait."""
+"""What is done to the machine: file systems mounted, time limited; and what is left out, so as not to wait for it."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,26 @@ from pathlib import Path
 
 class NotHere(Exception):  # noqa: N818 - a condition, which a test turns into a skip
     """This machine or this user cannot do it; says why."""
+
+
+class Overdue(BaseException):
+    """Something took too long; not an `Exception`, so that nobody recovers from it."""
+
+
+@contextmanager
+def no_longer_than(seconds: int) -> Iterator[None]:
+    """Raise `Overdue` in the block if it does not end in time.  In the main thread only."""
+
+    def give_up(*_: object) -> None:
+        raise Overdue(f"not ended after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Neighbours: other runs, readers, directories inside each other, links, names.  What is decided is in reliability.md."""
+"""Neighbours: other runs, readers, directories inside each other, links, names; docs/reliability.md says the same."""
 
 from __future__ import annotations
 
@@ -246,7 +246,13 @@ def test_other_names_of_a_finished_set_keep_it(model: Path, made: Path, tmp_path
 
 # --- Names ------------------------------------------------------------------------------------------------------
 
-SAME_FOR_SOME = [("a.json", "A.json"), ("caf\u00e9", "cafe\u0301"), ("x/y", "X/y"), ("notes", "Notes/x"), ("STRASSE", "stra\u00dfe")]  # fmt: skip
+SAME_FOR_SOME = [
+    ("a.json", "A.json"),
+    ("caf\u00e9", "cafe\u0301"),
+    ("x/y", "X/y"),
+    ("notes", "Notes/x"),
+    ("STRASSE", "stra\u00dfe"),
+]
 
 
 @needs_bytes
