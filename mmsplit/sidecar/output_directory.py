@@ -59,6 +59,7 @@ class OutputDirectory:
             if self.path.exists() and not self.path.is_dir():
                 raise OutputExistsError("output is not a directory", path=self.path, hint="Give another -o DIR.")
             make_directory(self.path)
+        with output_errors(self.path / LOCK_NAME):
             self._lock_fd = _lock(self.path / LOCK_NAME)
         return self
 
