@@ -32,6 +32,7 @@ HOUSE = {
         "gguf_values",
         "gguf_file",
         "gguf_config",
+        "file_system",
         "file_reader",
         "prefetcher",
         "storage",

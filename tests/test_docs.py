@@ -19,7 +19,7 @@ from mmsplit.synthetic import write_synthetic_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SHOWING_COMMANDS = ("README.md", "docs/usage.md", "docs/larger-than-disk.md", "docs/repair.md")
-DOCUMENTS = (*SHOWING_COMMANDS, "docs/python.md", "docs/architecture.md", "docs/errors.md")
+DOCUMENTS = (*SHOWING_COMMANDS, "docs/python.md", "docs/architecture.md", "docs/errors.md", "docs/reliability.md")
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,18 @@ def test_links_lead_somewhere(document: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         if "://" not in target:
             assert (path.parent / target).exists(), target
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    """A promise whose test is gone is none."""
+    text = (ROOT / "docs/reliability.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text() or not test, (file, test)
+    neighbours = (ROOT / "tests/faults/test_neighbours.py").read_text()
+    for test in re.findall(r"`(test_\w+)`", text):
+        assert f"def {test}(" in neighbours, test
 
 
 def test_every_exported_name_exists() -> None:

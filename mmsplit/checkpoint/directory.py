@@ -5,7 +5,7 @@ Where a directory has weights in several forms, safetensors come before PyTorch 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple
 
@@ -26,7 +26,7 @@ from mmsplit.checkpoint.weight_files import (
     models_apart,
     parse_numbered,
 )
-from mmsplit.checkpoint.weights_index import is_plain_name, parse_weights_index
+from mmsplit.checkpoint.weights_index import folded_name, is_plain_name, parse_weights_index
 from mmsplit.errors import CheckpointError, MissingShardError
 
 #: Left over from downloads and runs; nobody's.
@@ -67,7 +67,15 @@ def choose_checkpoint_files(storage: Storage) -> CheckpointFiles:
 
 
 def _require_sound(files: CheckpointFiles) -> CheckpointFiles:
+    first: dict[str, str] = {}
     for shard in files.shards:
+        other = first.setdefault(folded_name(shard), shard)
+        if other != shard:
+            raise CheckpointError(
+                f"two shards whose names differ only by letter case or Unicode form: {other!r} and {shard!r}",
+                path=files.storage.location_of(shard),
+                hint="Many file systems take them for one file, and would lose one: rename one of them.",
+            )
         location = files.storage.location_of(shard)
         if files.storage.file_bytes(shard) is None:
             raise MissingShardError("shard is a link that leads nowhere", path=location, hint=_DOWNLOAD_HINT)
@@ -244,22 +252,54 @@ def _small_files(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names, relative with `/`, of the files that make the model usable, and notes on what is left behind.
 
-    Not `deep`, subfolders are left out: a shard named alone may lie in any folder, say a home directory.
+    Not `deep`, subfolders are left out: a shard named alone may lie in any folder, say a home directory.  `taken` are
+    the names of shards and index.
     """
     notes = list(notes)
     names: list[str] = []
+    seen = _TakenNames([*shards, *([] if index_name is None else [index_name])])
     for relative, size in _walk(storage, {*shards, index_name}, form_of(shards[0]), deep, notes):
         if not all(is_plain_name(part) for part in relative.split("/")):
             # A partition set could not record it: its readers refuse such names.
             notes.append(f"{relative!r} is not carried along: its name is not plain printable text without \\ and :")
         elif size > MAX_SMALL_FILE_BYTES:
             notes.append(f"{relative} is not carried along: {size:,} bytes is more than a small file has")
+        elif (other := seen.like(relative)) is not None:
+            notes.append(
+                f"{relative} is not carried along: its name differs from {other} only by letter case or Unicode form, "
+                "and many file systems would take them for one file"
+            )
         elif len(names) == MAX_SMALL_FILES:
             notes.append(f"more than {MAX_SMALL_FILES:,} small files; the rest is not carried along")
             break
         else:
             names.append(relative)
+            seen.add(relative)
     return tuple(names), tuple(notes)
+
+
+class _TakenNames:
+    """Names of files, and those of the folders they lie in, as a file system sees them that folds names."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._files: dict[str, str] = {}
+        self._folders: dict[str, str] = {}
+        for name in names:
+            self.add(name)
+
+    def add(self, name: str) -> None:
+        """Take a name."""
+        self._files[folded_name(name)] = name
+        for folder in PurePosixPath(name).parents:
+            self._folders.setdefault(folded_name(str(folder)), str(folder))
+
+    def like(self, name: str) -> str | None:
+        """Return what cannot be beside a file of this name, None if nothing."""
+        if is_partition_file(folded_name(name)):
+            return "one of mmsplit's own files"
+        folded = folded_name(name)
+        above = (self._files.get(folded_name(str(folder))) for folder in PurePosixPath(name).parents)
+        return self._files.get(folded) or self._folders.get(folded) or next(filter(None, above), None)
 
 
 def _walk(

@@ -16,7 +16,7 @@ from mmsplit.errors import CheckpointError
 
 _SHA256_HEX: Final = re.compile(r"^[0-9a-f]{64}$", re.ASCII)
 #: What makes a folder somebody's partition set, finished or not, rather than part of the model.
-_OUTPUT_MARKS: Final = ("partition_set.json", "unfinished_split.json")
+_OUTPUT_MARK: Final = re.compile(r"^(partition_(\d+|set)|unfinished_split)\.json(\.partial)?$", re.ASCII)
 
 
 class LocalStorage:
@@ -135,4 +135,7 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_output(folder: Path) -> bool:
-    return any((folder / name).exists() for name in _OUTPUT_MARKS)
+    try:
+        return any(_OUTPUT_MARK.match(name) for name in os.listdir(folder))
+    except OSError:
+        return False  # the walk says why it cannot be read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -38,6 +39,11 @@ def parse_weights_index(data: bytes, path: str, suffixes: Sequence[str]) -> dict
                 fail(f"weight_map names a shard that is not a {' or '.join(suffixes)} file", tensor, repr(shard[:80]))
             checked.add(shard)
     return weight_map
+
+
+def folded_name(name: str) -> str:
+    """Return what is the same for names that some file system takes for one: letter case and Unicode form are gone."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
 
 
 def is_plain_name(name: str) -> bool:

@@ -22,6 +22,7 @@ def _layer(layer: LayerEntry) -> PlannedLayer:
         layer.alias,
         layer.tied_to,
         layer.stored,
+        views=layer.views,
     )
 
 
@@ -34,4 +35,6 @@ def _tensor(tensor: TensorEntry) -> TensorInfo:
         tensor.source_start,
         tensor.source_stop,
         tensor.params,
+        also=tensor.also,
+        hidden=tensor.hidden,
     )

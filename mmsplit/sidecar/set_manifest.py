@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 import zstandard
 
+from mmsplit.checkpoint.weights_index import folded_name
 from mmsplit.codec import CODEC_NAMES
 from mmsplit.errors import IntegrityError
 from mmsplit.sidecar.framing import FORMAT_VERSION, require_version
@@ -192,8 +193,8 @@ def parse_set_manifest(data: bytes, path: str) -> SetManifest:
             fields.fail(f"partition {number} has other file names than {manifest_name(number)} and its payload")
     names = [shard.name for shard in manifest.shards] + [entry.name for entry in manifest.files]
     names += [] if manifest.weights_index is None else [manifest.weights_index[0]]
-    if len(set(names)) != len(names):
-        fields.fail("two files of the source have the same name")
+    if len({folded_name(name) for name in names}) != len(names):
+        fields.fail("two files of the source have the same name, or names that some file systems take for the same")
     return manifest
 
 

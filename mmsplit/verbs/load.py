@@ -249,7 +249,7 @@ class PartitionSet(Mapping[str, Array]):
             )
         with self._lock:
             if part_id not in self._open:
-                files = open_partition_of_set(self.path, self.manifest, part_id, "mmap")
+                files = open_partition_of_set(self.path, self.manifest, part_id, "view")
                 self._open[part_id] = Partition(files, verify=self._verify, threads=self._threads)
             return self._open[part_id]
 
@@ -350,7 +350,7 @@ def open_partition(path: str | Path, *, verify: bool = True, threads: int | None
             hint="For example: " + str(resolved.root / "partition_0.json"),
         )
     # Views outlive any call, so the file is mapped plainly: as with every loader, do not truncate it meanwhile.
-    files = open_partition_files(resolved.only, "mmap")
+    files = open_partition_files(resolved.only, "view")
     return Partition(files, verify=verify, threads=thread_count(threads))
 
 

@@ -16,12 +16,12 @@ from mmsplit.errors import IntegrityError, OutputError, OutputExistsError, Reque
 from mmsplit.merging.lane import Lane
 from mmsplit.merging.span import Span, StoredTensor, iter_spans
 from mmsplit.sidecar.output_directory import OutputDirectory
-from mmsplit.sidecar.output_files import output_errors, write_whole_file
+from mmsplit.sidecar.output_files import output_errors, partial_path, write_whole_file
 from mmsplit.sidecar.partition_reader import OpenPartition, require_partition
 from mmsplit.sidecar.set_manifest import SetManifest, ShardEntry
 from mmsplit.sidecar.set_reader import open_partition_of_set, read_set_manifest, resolve_set_path
 from mmsplit.sidecar.shard_pieces import KeptPiece, arrange_shard
-from mmsplit.sidecar.shard_writer import ShardWriter, partial_path
+from mmsplit.sidecar.shard_writer import ShardWriter
 from mmsplit.sidecar.small_files import copy_small_files, read_small_files, require_free_names
 from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup, thread_count
 
@@ -87,7 +87,7 @@ def merge(
             kept = _keep_finished(out.path, manifest.shards, resume)
             _require_no_other_index(out.path, manifest)
             todo = [shard for shard in manifest.shards if shard.name not in kept]
-            partials = [path for path in (partial_path(out.path, shard) for shard in todo) if path.exists()]
+            partials = [path for path in (partial_path(out.path / shard.name) for shard in todo) if path.exists()]
             there = sum(path.stat().st_size for path in partials)
             out.require_space(sum(shard.size_bytes for shard in todo) - there, "the merged checkpoint")
             # First what may be refused after a moment, last the index: with it the checkpoint is whole.
