@@ -4,6 +4,7 @@
     split(source, output, num_parts)     stream it into partition_K.json + partition_K.bin
     verify(path)                         find every byte that is not as it was written
     merge(path, output)                  the original shards again, byte for byte
+    repair(path, source)                 what is damaged made again, from the checkpoint or another copy
     open_partition(path)                 a mapping of tensor names to numpy arrays
     open_set(path), open_checkpoint(path), inspect(path)
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         AccessDeniedError,
         CheckpointError,
         FormatError,
+        GgufFileError,
         HeaderError,
         IndexMismatchError,
         IntegrityError,
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from mmsplit.layers import Layer, LayerMap, build_layer_map
     from mmsplit.planning import Plan
     from mmsplit.remote.source import HubOptions, open_source
+    from mmsplit.sidecar.scrub_run import Scrub
     from mmsplit.verbs.download import DownloadResult, download
     from mmsplit.verbs.inspect import inspect
     from mmsplit.verbs.load import Partition, PartitionSet, open_partition, open_set
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
     from mmsplit.verbs.plan import plan
     from mmsplit.verbs.pull import PullResult, pull
     from mmsplit.verbs.push import PushResult, push
+    from mmsplit.verbs.repair import RepairResult, repair
     from mmsplit.verbs.split import SplitResult, split
     from mmsplit.verbs.verify import VerifyResult, verify
     from mmsplit.workers import Progress
@@ -71,6 +75,7 @@ _HOMES = {
         "AccessDeniedError",
         "CheckpointError",
         "FormatError",
+        "GgufFileError",
         "HeaderError",
         "IndexMismatchError",
         "IntegrityError",
@@ -94,6 +99,7 @@ _HOMES = {
     "mmsplit.layers": ("Layer", "LayerMap", "build_layer_map"),
     "mmsplit.planning": ("Plan",),
     "mmsplit.remote.source": ("HubOptions", "open_source"),
+    "mmsplit.sidecar.scrub_run": ("Scrub",),
     "mmsplit.verbs.download": ("DownloadResult", "download"),
     "mmsplit.verbs.inspect": ("inspect",),
     "mmsplit.verbs.load": ("Partition", "PartitionSet", "open_partition", "open_set"),
@@ -101,6 +107,7 @@ _HOMES = {
     "mmsplit.verbs.plan": ("plan",),
     "mmsplit.verbs.pull": ("PullResult", "pull"),
     "mmsplit.verbs.push": ("PushResult", "push"),
+    "mmsplit.verbs.repair": ("RepairResult", "repair"),
     "mmsplit.verbs.split": ("SplitResult", "split"),
     "mmsplit.verbs.verify": ("VerifyResult", "verify"),
     "mmsplit.workers": ("Progress",),

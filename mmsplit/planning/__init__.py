@@ -6,9 +6,10 @@ from mmsplit.planning.node_planner import boundaries_of, plan_for_nodes, plan_fo
 from mmsplit.planning.node_problem import NodeRequest, Objective
 from mmsplit.planning.nodes import NodeList, binary_size, parse_nodes, parse_reserve
 from mmsplit.planning.plan import Balance, Plan, PlannedLayer, PlannedPartition, iter_stored
-from mmsplit.planning.planner import By, PlanRequest, Rule, SplitBy, TiedMode, checkpoint_layers
+from mmsplit.planning.planner import By, PlanRequest, Rule, SplitBy, checkpoint_layers
 from mmsplit.planning.rule_cut import RuleList, parse_rules
 from mmsplit.planning.training_state import TrainingMethod
+from mmsplit.planning.units import TiedMode
 
 __all__ = [
     "Balance",

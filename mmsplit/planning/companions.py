@@ -15,7 +15,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Final, TypeAlias
 
-from mmsplit.checkpoint import TensorInfo, TensorRows
+from mmsplit.checkpoint import Checkpoint, TensorInfo, TensorRows
 from mmsplit.errors import PlanError
 from mmsplit.planning.plan import PlannedPartition
 
@@ -71,6 +71,11 @@ _Piece: TypeAlias = tuple[int, _Share | None]
 Groups: TypeAlias = dict[str, tuple[str, ...]]
 
 
+def checkpoint_companions(checkpoint: Checkpoint) -> Groups:
+    """Return the group of every companion in a checkpoint; names without bytes of their own count."""
+    return find_companions({**checkpoint.tensors, **checkpoint.views})
+
+
 def find_companions(names: Collection[str]) -> Groups:
     """Return the group of every companion among these names."""
     known = names if isinstance(names, Mapping | set | frozenset) else frozenset(names)
@@ -78,7 +83,7 @@ def find_companions(names: Collection[str]) -> Groups:
     for name in known:
         weight = _weight_of(name)
         if weight is not None:
-            found[weight] = (*found.get(weight, ()), name)
+            found[weight] = (*found[weight], name) if weight in found else (name,)
     for weight, companions in found.items():
         members = companions if len(companions) == 1 else tuple(sorted(companions))
         found[weight] = (weight, *members) if weight in known else members
@@ -114,6 +119,7 @@ def require_kept_together(partitions: Sequence[PlannedPartition], groups: Groups
     for part in partitions:
         whole: frozenset[_Piece] = frozenset({(part.part_id, None)})
         for layer in part.layers:
+            pieces |= dict.fromkeys((view.name for view in layer.views), whole)
             for tensor in layer.tensors if layer.alias is None else ():
                 if tensor.rows is None:
                     pieces[tensor.name] = whole

@@ -8,8 +8,8 @@ from typing import get_args
 
 from mmsplit.checkpoint import Checkpoint
 from mmsplit.errors import PlanError
-from mmsplit.layers import LayerMap, build_layer_map
-from mmsplit.planning.companions import companion_notes, find_companions, require_kept_together
+from mmsplit.layers import Layer
+from mmsplit.planning.companions import checkpoint_companions, companion_notes, require_kept_together
 from mmsplit.planning.expert_cut import cut_by_expert
 from mmsplit.planning.expert_map import find_experts
 from mmsplit.planning.plan import Balance, Plan, PlannedPartition, require_every_byte_accounted_for
@@ -18,7 +18,6 @@ from mmsplit.planning.planner import (
     By,
     PlanRequest,
     SplitBy,
-    TiedMode,
     balance_of,
     parse_weight,
     plan_by_layer,
@@ -26,8 +25,8 @@ from mmsplit.planning.planner import (
 )
 from mmsplit.planning.rule_cut import cut_by_rule
 from mmsplit.planning.sublayers import Cut, lay_out
-from mmsplit.planning.ties import find_ties
 from mmsplit.planning.type_cut import cut_by_type
+from mmsplit.planning.units import TiedMode, checkpoint_units
 
 
 def plan_checkpoint(checkpoint: Checkpoint, request: PlanRequest) -> Plan:
@@ -38,17 +37,15 @@ def plan_checkpoint(checkpoint: Checkpoint, request: PlanRequest) -> Plan:
     if request.split_by == "layer" and request.rule is None:
         return plan_by_layer(checkpoint, request)
     _require_possible(request)
-    layer_map = build_layer_map(checkpoint.tensors, checkpoint.config)
-    ties, tie_notes = find_ties(layer_map, checkpoint.config)
-    cut, weights, cut_notes = _cut(checkpoint, layer_map, request)
-    partitions = tuple(lay_out(cut, ties, checkpoint.tensors, request.tied))
-    groups = find_companions(checkpoint.tensors)
+    units, unit_notes = checkpoint_units(checkpoint)
+    layers = [unit.layer for unit in units if unit.layer.tensors]
+    cut, weights, cut_notes = _cut(checkpoint, layers, request)
+    partitions = tuple(lay_out(cut, units, checkpoint, request.tied))
+    groups = checkpoint_companions(checkpoint)
     require_kept_together(partitions, groups)
     require_every_byte_accounted_for(partitions, checkpoint.shards, checkpoint.tensors)
     notes = (
-        *checkpoint.notes,
-        *layer_map.notes,
-        *tie_notes,
+        *unit_notes,
         *cut_notes,
         *companion_notes(groups, checkpoint.tensors, checkpoint.config),
         *tie_remarks(partitions),
@@ -76,10 +73,10 @@ def _require_possible(request: PlanRequest) -> None:
 
 
 def _cut(
-    checkpoint: Checkpoint, layer_map: LayerMap, request: PlanRequest
+    checkpoint: Checkpoint, layers: Sequence[Layer], request: PlanRequest
 ) -> tuple[Cut, tuple[Fraction, ...], tuple[str, ...]]:
     """Return the cut, the weight of each partition (0: it gets what it gets) and notes."""
-    layers, tensors = layer_map.layers, checkpoint.tensors
+    tensors = checkpoint.tensors
     if not layers:
         raise PlanError("checkpoint has no tensors, so there is nothing to plan")
     if request.split_by == "expert":

@@ -15,11 +15,13 @@ from typing import Final
 from mmsplit.checkpoint import TensorInfo, slice_rows
 from mmsplit.errors import PlanError
 from mmsplit.layers import Layer
+from mmsplit.layers.experts import expert_place
 from mmsplit.planning.assignment import Load, assign_contiguous
 from mmsplit.planning.expert_map import LayerExperts
 from mmsplit.planning.plan import PlannedLayer
 from mmsplit.planning.planner import By
 from mmsplit.planning.sublayers import Cut, Placed, sublayer
+from mmsplit.planning.ties import Tie
 
 TRUNK_LABEL: Final = "trunk"
 
@@ -59,7 +61,14 @@ def cut_by_expert(
     )
     runs = pairwise([*first, len(numbers)])
     labels = [_label(numbers[start], numbers[stop - 1]) for start, stop in runs]
-    return Cut(placed, (TRUNK_LABEL, *labels), lambda _: 0)
+
+    def of_tie(tie: Tie) -> int | None:
+        place = expert_place(tie.alias, len(tensors[tie.tensor].shape))
+        if place is None:
+            return 0
+        return None if place.number is None else max(1, bisect_right(starts, place.number))
+
+    return Cut(placed, (TRUNK_LABEL, *labels), of_tie)
 
 
 def _costs(experts: Sequence[LayerExperts | None], tensors: Mapping[str, TensorInfo]) -> dict[int, tuple[int, int]]:

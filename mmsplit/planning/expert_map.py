@@ -57,8 +57,8 @@ def _experts_of(layer: Layer, tensors: Mapping[str, TensorInfo], stated: frozens
     for name in layer.tensors:
         tensor = tensors[name]
         place = expert_place(name, len(tensor.shape))
-        if place is None:
-            continue
+        if place is None or (place.number is None and tensor.hidden):
+            continue  # bytes that only views see have no rows
         if place.number is not None:
             numbered[name] = place.number
         else:

@@ -1,4 +1,4 @@
-"""Tensors that a plan cuts along their first dimension: every row has one place.  Pure."""
+"""Where a tensor is in a plan: in one place, or cut along its first dimension, every row in one.  Pure."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ from mmsplit.checkpoint import TensorInfo, slice_rows
 from mmsplit.errors import PlanError
 
 
-def require_all_rows(name: str, slices: Sequence[TensorInfo], whole: TensorInfo | None) -> None:
-    """Raise `PlanError` unless these are slices of `whole` that have each of its rows once."""
+def require_whole(tensor: TensorInfo, placed: Sequence[TensorInfo]) -> None:
+    """Raise `PlanError` unless a tensor is `placed` once as it is, or in slices that have each of its rows once."""
+    if not placed:
+        raise PlanError("tensor is in no partition", tensor=tensor.name)
+    if all(found.rows is None for found in placed):
+        if len(placed) > 1:
+            raise PlanError("tensor is in two layers without being tied", tensor=tensor.name)
+        if placed[0] != tensor:
+            raise PlanError("tensor is in no partition as the source has it", tensor=tensor.name)
+        return
     row = 0
-    for found in sorted(slices, key=lambda tensor: tensor.start_offset):
-        if (
-            whole is None
-            or found.rows is None
-            or found.rows.start != row
-            or found != slice_rows(whole, found.rows.start, found.rows.stop)
-        ):
+    for found in sorted(placed, key=lambda found: found.start_offset):
+        rows = found.rows
+        if rows is None or rows.start != row or found != slice_rows(tensor, rows.start, rows.stop):
             break
-        row = found.rows.stop
-    if whole is None or row != whole.shape[0]:
-        raise PlanError("row of a sliced tensor is in no partition, or in two", tensor=name, found=f"row {row:,}")
+        row = rows.stop
+    else:
+        if row == tensor.shape[0]:
+            return
+    raise PlanError("row of a sliced tensor is in no partition, or in two", tensor=tensor.name, found=f"row {row:,}")

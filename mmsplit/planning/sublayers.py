@@ -6,14 +6,15 @@ their layers in forward order, and tied weights find the partition that uses the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
 
-from mmsplit.checkpoint import TensorInfo
+from mmsplit.checkpoint import Checkpoint, TensorInfo
 from mmsplit.errors import PlanError
 from mmsplit.layers import Layer
 from mmsplit.planning.plan import PlannedLayer, PlannedPartition
 from mmsplit.planning.ties import Tie
+from mmsplit.planning.units import Unit
 
 _NAMES_SHOWN: Final = 3
 
@@ -26,7 +27,7 @@ class Placed(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """What each layer is divided into, in forward order; one list per layer of the map.
+    """What each layer is divided into, in forward order; one list per layer that has tensors.
 
     `labels` has a name for each partition, or None.  `of_tie` says which partition uses a tied weight; None: the one
     that has it.
@@ -57,20 +58,23 @@ def common_module(modules: Iterable[str]) -> str:
     return ".".join(common or ())
 
 
-def lay_out(cut: Cut, ties: Sequence[Tie], tensors: Mapping[str, TensorInfo], tied: str) -> list[PlannedPartition]:
+def lay_out(cut: Cut, units: Sequence[Unit], checkpoint: Checkpoint, tied: str) -> list[PlannedPartition]:
     """Return the partitions of a cut, each with its layers in forward order, those that are tied included.
 
-    Raises `PlanError` for a partition that would be empty.
+    A name that sees another tensor's bytes goes with that tensor; a layer of its own that uses it is tied.  Raises
+    `PlanError` for a partition that would be empty, and for a tensor that is sliced while other names see it.
     """
     home = {tensor.name: part_id for placed in cut.placed for part_id, layer in placed for tensor in layer.tensors}
+    _require_unseen_slices(cut, units)
     layers: list[list[PlannedLayer]] = [[] for _ in cut.labels]
     copied: set[tuple[int, str]] = set()
-    for position, placed in enumerate([*cut.placed, ()]):
-        for tie in ties:
-            if tie.position == position:
-                part_id, layer = _tied(tie, home[tie.tensor], cut, tensors, tied, copied)
-                layers[part_id].append(layer)
-        for part_id, layer in placed:
+    divided = iter(cut.placed)
+    for unit in units:
+        for part_id, layer in next(divided) if unit.layer.tensors else ():
+            stored = {tensor.name for tensor in layer.tensors} if unit.views else ()
+            layers[part_id].append(layer._replace(views=tuple(view for view in unit.views if view.base in stored)))
+        for tie in unit.uses:
+            part_id, layer = _tied(tie, home[tie.tensor], cut, checkpoint, tied, copied)
             layers[part_id].append(layer)
     for part_id, found in enumerate(layers):
         if not found:
@@ -83,23 +87,39 @@ def lay_out(cut: Cut, ties: Sequence[Tie], tensors: Mapping[str, TensorInfo], ti
     ]
 
 
-def _tied(
-    tie: Tie, home: int, cut: Cut, tensors: Mapping[str, TensorInfo], tied: str, copied: set[tuple[int, str]]
-) -> Placed:
+def _require_unseen_slices(cut: Cut, units: Sequence[Unit]) -> None:
+    """Raise `PlanError` for a tensor that lies in slices while another name is for bytes of it."""
+    sliced = {tensor.name for placed in cut.placed for _, layer in placed for tensor in layer.tensors if tensor.rows}
+    if not sliced:
+        return
+    for unit in units:
+        seen = [(view.name, view.base) for view in unit.views] + [(tie.alias, tie.tensor) for tie in unit.uses]
+        for name, base in seen:
+            if base in sliced:
+                raise PlanError(
+                    f"its rows would go to several partitions, but {name!r} is another name for bytes of it",
+                    tensor=base,
+                    hint="Cut this model by layer, by type or by a rule: those keep a tensor whole.",
+                )
+
+
+def _tied(tie: Tie, home: int, cut: Cut, checkpoint: Checkpoint, tied: str, copied: set[tuple[int, str]]) -> Placed:
     """Put a tied layer where it is used; there it has a copy of the weight, or refers to it."""
     wanted = None if tied == "colocate" else cut.of_tie(tie)
     user = home if wanted is None else wanted
     copies = tied == "duplicate" and user != home and (user, tie.tensor) not in copied
     copied.add((user, tie.tensor))
+    view = checkpoint.views.get(tie.alias)
     layer = PlannedLayer(
         tie.layer.name,
         tie.layer.layer_type,
         None,
         None,
-        (tensors[tie.tensor],),
+        (checkpoint.tensors[tie.tensor],),
         alias=tie.alias,
         tied_to=home,
         stored=copies,
+        views=() if view is None else (view,),
     )
     return Placed(user, layer)
 

@@ -27,7 +27,12 @@ def cut_by_type(layers: Sequence[Layer], tensors: Mapping[str, TensorInfo]) -> C
         return Placed(part_of[kind], sublayer(layer, kind, module, (tensors[name] for name in names)))
 
     def of_tie(tie: Tie) -> int | None:
-        return part_of.get(tie.layer.layer_type)
+        if tie.layer.layer_type in part_of:
+            return part_of[tie.layer.layer_type]
+        # A weight that several blocks share: the name that the block has for it says what it does there.
+        named = Layer("", "other", None, None, (tie.alias,))
+        (kind,) = sort_by_kind(named, {tie.alias: len(tensors[tie.tensor].shape)})
+        return part_of.get(kind)
 
     placed = tuple(
         tuple(place(layer, kind, names) for kind, names in found.items())

@@ -74,6 +74,8 @@ def _layer_entry(layer: PlannedLayer, index: ChunkIndex, first_chunk: int, start
                 tensor.start_offset,
                 tensor.stop_offset,
                 tensor.rows,
+                tensor.also,
+                tensor.hidden,
             )
         )
         chunk += count
@@ -94,5 +96,6 @@ def _layer_entry(layer: PlannedLayer, index: ChunkIndex, first_chunk: int, start
         layer.alias,
         layer.tied_to,
         layer.stored,
+        layer.views,
     )
     return entry, chunk

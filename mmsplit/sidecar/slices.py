@@ -27,5 +27,8 @@ def whole_of(slices: Sequence[TensorEntry]) -> TensorEntry | None:
         first_chunk=0,
         chunk_count=0,
         source_stop=slices[-1].source_stop,
+        also=tuple(
+            place._replace(stop_offset=end.stop_offset) for place, end in zip(first.also, slices[-1].also, strict=True)
+        ),
         rows=None,
     )

@@ -162,7 +162,7 @@ def test_a_plan_by_layer_is_held_to_it_too(
 ) -> None:
     """No name makes it happen (below), so the groups are made to: the plan fails."""
     group = ("layers.0.mlp.a", "layers.1.mlp.a")
-    monkeypatch.setattr(planner, "find_companions", lambda _: {"w": group})
+    monkeypatch.setattr(planner, "checkpoint_companions", lambda _: {"w": group})
     checkpoint = make_checkpoint({"layers.0.mlp.a": 4, "layers.1.mlp.a": 4})
     with pytest.raises(PlanError, match="cuts the two apart"):
         plan_checkpoint(checkpoint, PlanRequest(num_parts=2))

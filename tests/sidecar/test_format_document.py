@@ -380,7 +380,7 @@ def test_limits_table():
     assert limits["slot and layer begin on"] == f"a multiple of {layout.SLOT_ALIGNMENT}"
     assert limits["overhead per chunk"].startswith(f"{CHUNK_RECORD.itemsize} bytes")
     assert limits["manifest"] == f"at most {partition_reader.MAX_MANIFEST_BYTES >> 30} GiB"
-    assert limits["kept header or weights index"] == f"at most {set_manifest._MAX_KEPT_BYTES >> 20} MiB raw"
+    assert limits["kept bytes of a shard, or weights index"] == f"at most {set_manifest._MAX_KEPT_BYTES >> 20} MiB raw"
     assert limits["window of a frame in a chunk"] == f"at most {chunk_codec._MAX_WINDOW_BYTES >> 20} MiB"
     assert limits["plane begins on"].startswith(f"a multiple of {chunk_codec._PLANE_ALIGNMENT},")
     assert (reader.CHUNK_BYTES, reader.SLOT_ALIGNMENT, reader.DATA_START) == (
@@ -412,8 +412,9 @@ def test_manifest_tables_name_every_field(made: Path):
 
     collect([text, whole])
     assert written - named == {"zstd_base64"}  # named in the cells of its objects
-    # Only of a shard that lies in a cache of the Hub, and only in a slice.
-    assert named - written == {"sha256_published", "rows"}
+    # only of a shard that lies in a cache of the Hub; only of PyTorch files; only in a slice
+    of_torch_files = {"views", "also", "hidden", "tensor", "stride", "offset"}
+    assert named - written == {"sha256_published", "rows", *of_torch_files}
 
 
 def test_links_within_the_page_lead_somewhere():
