@@ -85,7 +85,7 @@ def _kind_in(layer: Layer, name: str) -> str:
     below = name.removeprefix(layer.name).split(".", MAX_COMPONENTS)[:MAX_COMPONENTS]
     own = layer.name.split(".")[-2:] if layer.stack is None else []
     words = [word for word in (*reversed(own), *below) if word and not is_index(word)]
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         kind = _kind_of_word(word)
         if word == "mixer" and _kind_of_word(following) == "mlp":
             return "mlp"  # hybrid models call the one thing that a block does its mixer, also where that is an MLP

@@ -345,9 +345,9 @@ def _require_consistent(manifest: Manifest, fields: Fields) -> None:
             for place in tensor.also:
                 same = place.stop_offset - place.start_offset == tensor.size_bytes
                 require(same, "another place of the source has another length", tensor.name)
-        sizes = {tensor.name: tensor.size_bytes for tensor in layer.tensors}
+        sizes = {tensor.name: tensor.size_bytes for tensor in layer.tensors if tensor.rows is None}
         for view in layer.views:
-            require(_view_fits(view, sizes.get(view.base, -1)), "view does not lie in its tensor", view.name)
+            require(_view_fits(view, sizes.get(view.base, -1)), "view does not lie in a whole tensor", view.name)
     require(position == manifest.data_stop, "the last layer does not end where the data ends")
     chunk = 0
     names: set[str] = set()

@@ -112,6 +112,13 @@ def test_a_layer_outside_blocks_is_what_its_type_says(layer_type: str) -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["0", "0.1", "", ".", "[storage]"])
+def test_a_name_without_words_says_nothing(name: str) -> None:
+    """A bare list of tensors in a PyTorch file has numbers for names."""
+    for layer in (Layer(name, "other", None, None, (name,)), Layer("0", "block", "", 0, (name,))):
+        assert sort_by_kind(layer, {name: 1}) == {"other": (name,)}
+
+
 def test_every_tensor_of_real_architectures_has_one_kind() -> None:
     """And few have none that says anything."""
     counts: Counter[str] = Counter()

@@ -2,71 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixtures import CAUSAL, MakeShaped, Shapes, held, layers_of, moe, open_shapes
 
-from mmsplit.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from mmsplit.dtypes import DTYPES
+from mmsplit.checkpoint import TensorInfo
 from mmsplit.errors import PlanError
-from mmsplit.planning import Plan, PlanRequest, Rule, iter_stored, parse_rules, plan_checkpoint
+from mmsplit.planning import PlanRequest, Rule, iter_stored, parse_rules, plan_checkpoint
 from mmsplit.planning.rule_cut import MAX_RULES
-
-Shapes = Mapping[str, tuple[int, ...]]
-MakeShaped = Callable[..., Checkpoint]
-
-
-@pytest.fixture
-def shaped(tmp_path: Path) -> MakeShaped:
-    """Open a checkpoint of one shard: name -> shape, in BF16, and a config.json."""
-
-    def make(shapes: Shapes, config: object = None, dtype: str = "BF16") -> Checkpoint:
-        header, position = {}, 0
-        for name, shape in shapes.items():
-            size = DTYPES[dtype].bits
-            for count in shape:
-                size *= count
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size // 8]}
-            position += size // 8
-        text = json.dumps(header).encode()
-        with (tmp_path / "model.safetensors").open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + position)
-        if config is not None:
-            (tmp_path / "config.json").write_text(json.dumps(config))
-        return open_checkpoint(tmp_path)
-
-    return make
-
-
-def moe(experts: int = 4, layers: int = 2, *, head: bool = False) -> dict[str, tuple[int, ...]]:
-    """A mixture with a tensor per expert, a router and a shared expert."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (16, 8), "model.norm.weight": (8,)}
-    for k in range(layers):
-        at = f"model.layers.{k}"
-        shapes |= {f"{at}.input_layernorm.weight": (8,), f"{at}.self_attn.q_proj.weight": (8, 8)}
-        shapes |= {f"{at}.mlp.gate.weight": (experts, 8), f"{at}.mlp.shared_expert.up_proj.weight": (4, 8)}
-        shapes |= {f"{at}.mlp.experts.{e}.up_proj.weight": (4, 8) for e in range(experts)}
-    if head:
-        shapes["lm_head.weight"] = (16, 8)
-    return shapes
-
-
-CAUSAL = {"architectures": ["MoeForCausalLM"]}
-
-
-def held(plan: Plan) -> list[set[str]]:
-    """Names of the tensors that each partition stores."""
-    return [{tensor.name for _, tensor in iter_stored(part)} for part in plan.partitions]
-
-
-def layers_of(plan: Plan, part_id: int) -> list[tuple[str, str]]:
-    return [(layer.name, layer.layer_type) for layer in plan.partitions[part_id].layers]
-
 
 # -------------------------------------------------------------------------------------------------------- by type
 
@@ -421,7 +367,7 @@ def test_every_row_has_one_place(
     for layer, name in sorted(names):
         shape = {"mlp.experts.down_proj": (3, 4, 2), "mlp.experts.down_proj_bias": (3, 4)}.get(name, (2, 2))
         shapes[f"model.layers.{layer}.{name}"] = shape
-    checkpoint = shaped.__wrapped__(tmp_path_factory.mktemp("c"))(shapes, {**CAUSAL, "num_experts": 3})
+    checkpoint = open_shapes(tmp_path_factory.mktemp("c"), shapes, {**CAUSAL, "num_experts": 3})
     order = {name: answers[k % 7] for k, name in enumerate(shapes)}
     request = {
         "type": PlanRequest(split_by="type", tied=tied),  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given, settings
@@ -291,6 +292,13 @@ def _change(key: str, value: object) -> Callable[[dict], None]:
         ("layers.0.tensors.0.rows", {"start": 2, "stop": 2, "shape": [4]}, IntegrityError, "rows do not fit"),
         ("layers.0.tensors.0.rows", {"start": 0, "stop": 9, "shape": [9]}, IntegrityError, "rows do not fit"),
         ("layers.0.tensors.0.rows", {"start": 0, "stop": 2, "shape": []}, IntegrityError, "rows do not fit"),
+        ("layers.0.tensors.0.also", [{"name": "b", "shard": "s"}], FormatError, "'source_range' is missing"),
+        (
+            "layers.0.tensors.0.also",
+            [{"name": "b", "shard": "s", "source_range": [0, 4]}],
+            IntegrityError,
+            "has another length",
+        ),
         ("layers.0.alias", "x", FormatError, "field 'stored' is missing"),
         ("layers.0.tensors", [], IntegrityError, "is not the sum"),
     ],
@@ -301,6 +309,28 @@ def test_a_manifest_that_lies_is_refused(key: str, value: object, error: type[Mm
     parse_manifest(json.dumps(manifest).encode(), "p")
     _change(key, value)(manifest)
     with pytest.raises(error, match=match):
+        parse_manifest(json.dumps(manifest).encode(), "p")
+
+
+@pytest.mark.parametrize(
+    ("view", "rows", "match"),
+    [
+        ({"offset": 1}, None, None),
+        ({"offset": 2}, None, "does not lie in a whole tensor"),
+        ({"tensor": "other"}, None, "does not lie in a whole tensor"),
+        ({}, {"start": 1, "stop": 4, "shape": [4]}, "does not lie in a whole tensor"),
+    ],
+)
+def test_a_view_lies_in_a_whole_tensor_of_its_layer(view: dict[str, object], rows: object, match: str | None) -> None:
+    """Within its bytes; and what is in slices is nobody's to see."""
+    manifest = _base()
+    (layer,) = manifest["layers"]
+    (tensor,) = layer["tensors"]
+    sound = {"name": "v", "tensor": tensor["name"], "dtype": "U8", "shape": [2], "stride": [1], "offset": 0}
+    layer["views"] = [sound | view]
+    if rows is not None:
+        tensor["rows"] = rows
+    with nullcontext() if match is None else pytest.raises(IntegrityError, match=match):
         parse_manifest(json.dumps(manifest).encode(), "p")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mmsplit
+from mmsplit.checkpoint import SourcePlace
 from mmsplit.errors import IntegrityError, MissingPartitionError, OutputExistsError, PlanError
 
 EXPERTS = 5
@@ -226,3 +228,105 @@ def test_inspect_and_json(source: Path, parts: Path) -> None:
     tensors = json.loads((parts / "partition_2.json").read_bytes())["layers"][0]["tensors"]
     mentioned = next(tensor for tensor in tensors if tensor["name"] == PACKED)
     assert mentioned["rows"] == {"start": 1, "stop": 3, "shape": list(LARGE)}
+
+
+# ---------------------------------------------------------------------------------------------- damage, and repair
+
+
+def chunk_offset(parts: Path, part_id: int, name: str, number: int = 0) -> int:
+    """Return where in the payload a chunk of a tensor begins."""
+    with mmsplit.open_set(parts) as whole:
+        partition = whole.partition(part_id)
+        return int(partition._files.index[partition.entry(name).first_chunk + number]["stored_offset"])
+
+
+def flip_in_every_slice(parts: Path) -> None:
+    for part_id in (1, 2, 3):
+        flip(parts / f"partition_{part_id}.bin", chunk_offset(parts, part_id, PACKED) + 7)
+
+
+def flip_the_index(parts: Path) -> None:
+    for part_id in (2, 3):
+        data_stop = json.loads((parts / f"partition_{part_id}.json").read_bytes())["payload"]["data_stop"]
+        flip(parts / f"partition_{part_id}.bin", data_stop + 9)
+
+
+def lose_payloads(parts: Path) -> None:
+    for part_id in (0, 3):
+        (parts / f"partition_{part_id}.bin").unlink()
+
+
+def lose_manifests(parts: Path) -> None:
+    for part_id in (0, 1, 2, 3):
+        (parts / f"partition_{part_id}.json").unlink()
+
+
+DAMAGE = {
+    "chunks": flip_in_every_slice,
+    "index": flip_the_index,
+    "payloads": lose_payloads,
+    "manifests": lose_manifests,
+}
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "copy"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_slices_are_repaired(
+    source: Path, parts: Path, tmp_path: Path, damage: Callable[[Path], None], kind: str
+) -> None:
+    """From the rows of the checkpoint, or from another copy: the set is what it was."""
+    sound = Path(shutil.copytree(parts, tmp_path / "sound"))
+    damage(parts)
+    assert not mmsplit.verify(parts).ok
+    assert mmsplit.repair(parts, source=source if kind == "checkpoint" else sound).ok
+    assert tree(parts) == tree(sound)
+
+
+def test_another_slice_is_no_copy(parts: Path) -> None:
+    """Slices share a name, and no row: without a source nobody is asked, though a tied weight's copy would be."""
+    flip(parts / "partition_2.bin", chunk_offset(parts, 2, PACKED) + 7)
+    result = mmsplit.repair(parts)
+    assert [(fault.partition, fault.tensor) for fault in result.problems] == [(2, PACKED)]
+    assert "no source was given" in result.problems[0].what
+
+
+def test_a_scrub_of_slices_is_the_whole(parts: Path) -> None:
+    """Some chunks each time, in the end all; and the damaged one is found in its turn."""
+    whole = mmsplit.verify(parts).checked_bytes
+    scrubs = [mmsplit.Scrub(subset=f"{k}/3") for k in (1, 2, 3)]
+    assert sum(mmsplit.verify(parts, scrub=scrub).checked_bytes for scrub in scrubs) == whole
+    flip(parts / "partition_3.bin", chunk_offset(parts, 3, PACKED) + 7)
+    found = [problem for scrub in scrubs for problem in mmsplit.verify(parts, scrub=scrub).problems]
+    assert [(problem.partition, problem.tensor) for problem in found] == [(3, PACKED)]
+
+
+# ------------------------------------------------------------------------------------------- places beside its own
+
+
+def test_a_slice_is_put_into_every_place_of_its_tensor(tmp_path: Path) -> None:
+    """A tensor that lies twice in the source is stored once, in slices; each goes back to both places."""
+    shape = (EXPERTS, 8, 6)
+    weights = [
+        Weight("model.embed_tokens.weight", "BF16", (40, 8)),
+        Weight("model.layers.0.mlp.experts.up_proj", "BF16", shape, 256),
+        Weight("model.layers.0.mlp.experts.zz_same", "BF16", shape, 256),
+    ]
+    source = write_checkpoint(tmp_path / "model", [weights[:2], weights[2:]], index=True)
+    first, second = (mmsplit.open_checkpoint(source).tensors[weight.name] for weight in weights[1:])
+    shards = {name: bytearray((source / name).read_bytes()) for name in (first.shard, second.shard)}
+    raw = shards[first.shard][first.start_offset : first.stop_offset]
+    shards[second.shard][second.start_offset : second.stop_offset] = raw
+    (source / second.shard).write_bytes(shards[second.shard])
+    checkpoint = mmsplit.open_checkpoint(source)
+    place = SourcePlace(second.name, second.shard, second.start_offset, second.stop_offset)
+    checkpoint.tensors[first.name] = first._replace(also=(place,))
+    del checkpoint.tensors[second.name]
+    result = mmsplit.split(checkpoint, tmp_path / "set", 4, split_by="expert")
+    assert sum(part.total_bytes for part in result.plan.partitions) == 40 * 8 * 2 + len(raw)
+    mmsplit.merge(tmp_path / "set", tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(source)
+    assert mmsplit.verify(tmp_path / "set", level="full", against=checkpoint).ok
+    flip(tmp_path / "set" / "partition_3.bin", chunk_offset(tmp_path / "set", 3, first.name))
+    assert mmsplit.repair(tmp_path / "set", source=checkpoint).ok
+    with mmsplit.open_set(tmp_path / "set") as whole:
+        assert whole[first.name].tobytes() == raw
