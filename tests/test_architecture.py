@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "mmsplit"
 
 #: Rooms from the top down.  A module may import from rooms above its own; within a room, from files listed earlier.
 HOUSE = {
-    "foundation": ["errors", "durable", "dtypes", "workers", "queues"],
+    "foundation": ["errors", "digests", "durable", "dtypes", "workers", "queues"],
     "checkpoint": [
         "tensor",
         "header",
@@ -86,6 +86,7 @@ HOUSE = {
         "json_fields",
         "manifest",
         "manifest_builder",
+        "payload_tail",
         "set_manifest",
         "output_files",
         "partition_reader",
@@ -99,7 +100,6 @@ HOUSE = {
         "output_directory",
         "set_reader",
         "payload_pieces",
-        "payload_tail",
         "partition_check",
         "piece_fetcher",
         "partition_receiver",

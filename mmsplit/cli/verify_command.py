@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mmsplit.checkpoint import IoMode
-from mmsplit.cli.options import PATH, json_option, unknown_dtypes_option, work_options
+from mmsplit.cli.options import PATH, json_option, root_option, unknown_dtypes_option, work_options
 from mmsplit.cli.progress import ProgressDisplay
 from mmsplit.cli.render import clean, echo, echo_json, size
 from mmsplit.cli.source_options import SOURCE, hub_of, hub_options
@@ -26,6 +26,7 @@ from mmsplit.verbs.verify import Level, verify
     help="quick: structure and sizes; stored: every stored byte; full: and decode it all.",
 )
 @click.option("--against", type=SOURCE, help="A checkpoint, or a model of the Hub, to compare with, byte for byte.")
+@root_option
 @hub_options
 @unknown_dtypes_option
 @work_options
@@ -34,6 +35,7 @@ def verify_command(
     path: Path,
     level: Level,
     against: str | None,
+    root_digest: str | None,
     revision: str | None,
     cache_dir: Path | None,
     token: str | None,
@@ -50,6 +52,7 @@ def verify_command(
             path,
             level=level,
             against=against,
+            root_digest=root_digest,
             hub=hub_of(revision, cache_dir, token, connections),
             allow_unknown_dtypes=allow_unknown_dtypes,
             threads=threads,
@@ -62,6 +65,7 @@ def verify_command(
         echo(
             f"ok: {result.partition_count} partition(s), {size(result.checked_bytes)} read, level {level}"
             + (f", same as {against}" if against else "")
+            + (f", bound by {result.root_digest}" if result.root_digest else "")
         )
     else:
         for fault in result.problems:

@@ -48,6 +48,7 @@ class Span(NamedTuple):
             start, stop, encoded = chunk.partition.encoded(chunk.number)
             begin = self.chunks[0].partition.encoded(self.chunks[0].number)[0]
             with _naming(chunk):
+                chunk.partition.require_bound(chunk.number, stored[start - begin : stop - begin])
                 decoder.decode(stored[start - begin : stop - begin], encoded, raw)
                 if xxhash.xxh3_64_intdigest(raw) != int(chunk.partition.index[chunk.number]["raw_xxh3"]):
                     raise IntegrityError("decoded bytes are not those that were split")

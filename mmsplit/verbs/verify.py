@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import xxhash
 
 from mmsplit.checkpoint import Checkpoint, IoMode, Scratch, ShardRange, ShardReaders, iter_with_read_ahead
 from mmsplit.codec import ChunkDecoder
+from mmsplit.digests import parse_root_digest, sha256_of
 from mmsplit.errors import CheckpointError, FormatError, IntegrityError, MmsplitError, RequestError
 from mmsplit.remote.source import HubOptions, open_source
 from mmsplit.sidecar.layout import CHUNK_BYTES, DATA_START
@@ -25,7 +25,7 @@ from mmsplit.sidecar.set_manifest import (
     SetManifest,
     is_as_written,
 )
-from mmsplit.sidecar.set_reader import read_set_manifest, resolve_set_path
+from mmsplit.sidecar.set_reader import entry_of_file, read_set_manifest, resolve_set_path
 from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup, thread_count
 
 #: quick: structure and sizes.  stored: and the checksum of every stored byte.  full: and decode it all.
@@ -39,7 +39,8 @@ _EXTRA_THREADS: Final = 1
 class VerifyResult(NamedTuple):
     """What a verification found; `ok` says that everything looked at is as it was written.
 
-    `problems` are in file order.  `checked_bytes` counts payload bytes that were read.
+    `problems` are in file order.  `checked_bytes` counts payload bytes that were read.  `root_digest` is the one that
+    everything was held to; None if none was demanded.
     """
 
     ok: bool
@@ -47,12 +48,14 @@ class VerifyResult(NamedTuple):
     problems: tuple[Fault, ...]
     partition_count: int
     checked_bytes: int
+    root_digest: str | None = None
 
     def as_json(self) -> dict[str, object]:
         """Return what `verify --json` shows."""
         return {
             "ok": self.ok,
             "level": self.level,
+            "root_digest": self.root_digest,
             "problems": [fault._asdict() for fault in self.problems],
             "partitions": self.partition_count,
             "checked_bytes": self.checked_bytes,
@@ -74,6 +77,7 @@ def verify(
     *,
     level: Level = "stored",
     against: str | Path | Checkpoint | None = None,
+    root_digest: str | None = None,
     hub: HubOptions | None = None,
     allow_unknown_dtypes: bool = False,
     threads: int | None = None,
@@ -83,14 +87,25 @@ def verify(
     """Verify a partition set (its directory) or one partition (its manifest or payload).
 
     All damage is reported, not just the first.  With `against`, a path or a model of the Hub, the checkpoint there is
-    compared with what the partitions say of it: header bytes, and the checksum of every tensor.  Raises `FormatError`
-    if there is nothing to verify or its version is not known here; damage is a result, not an error.
+    compared with what the partitions say of it: header bytes, and the checksum of every tensor.
+
+    With `root_digest` only that very set will do, and every chunk that is read is held to its digest; one partition
+    needs the set manifest beside it for that, but no other partition.  Without one, chunks are held to their digests
+    at level "full".
+
+    Raises `FormatError` if there is nothing to verify or its version is not known here, `IntegrityError` if the set
+    is not that of `root_digest`; other damage is a result, not an error.
     """
     if level not in get_args(Level):
         raise RequestError(f"no such level: {level!r}", hint=f"Possible are {', '.join(get_args(Level))}.")
     root, only = resolve_set_path(Path(path))
     faults = _Faults()
-    manifest = _set_manifest(root, only, faults.add)
+    if root_digest is None:
+        manifest = _set_manifest(root, only, faults.add)
+    else:
+        root_digest = parse_root_digest(root_digest)
+        manifest = read_set_manifest(root, root_digest)
+        _require_as_written(root, faults.add)
     entries = _partition_manifests(root, only, manifest)
     source = None if against is None else open_source(against, hub, allow_unknown_dtypes=allow_unknown_dtypes)
     workers = thread_count(threads)
@@ -99,7 +114,7 @@ def verify(
     if manifest is not None and source is not None:
         _compare_headers(manifest, source, faults.add)
     for entry_path, entry in entries:  # one after the other: a set may have more partitions than may be open
-        partition = _open(entry_path, entry, io, faults.add)
+        partition = _open(entry_path, entry, io, faults.add, is_bound=root_digest is not None)
         if partition is not None:
             with partition:
                 if level != "quick":
@@ -111,7 +126,7 @@ def verify(
     if manifest is not None and only is None:
         _verify_small_files(root, manifest.files, level, faults.add)
     problems = faults.in_order()
-    return VerifyResult(not problems, level, problems, len(entries), checked)
+    return VerifyResult(not problems, level, problems, len(entries), checked, root_digest)
 
 
 def _bytes_to_check(
@@ -143,9 +158,7 @@ def _set_manifest(root: Path, only: Path | None, report: Report) -> SetManifest 
         return None
     try:
         manifest = read_set_manifest(root)
-        if not is_as_written((root / SET_MANIFEST_NAME).read_bytes()):
-            what = "set manifest says what was written, but not in the same bytes"
-            report(Fault(str(root / SET_MANIFEST_NAME), what))
+        _require_as_written(root, report)
     except IntegrityError as error:
         report(Fault(str(root / SET_MANIFEST_NAME), error.what))
         return None
@@ -156,6 +169,12 @@ def _set_manifest(root: Path, only: Path | None, report: Report) -> SetManifest 
         report(Fault(str(root / SET_MANIFEST_NAME), "set manifest is missing"))
         return None
     return manifest
+
+
+def _require_as_written(root: Path, report: Report) -> None:
+    if not is_as_written((root / SET_MANIFEST_NAME).read_bytes()):
+        what = "set manifest says what was written, but not in the same bytes"
+        report(Fault(str(root / SET_MANIFEST_NAME), what))
 
 
 def _manifests_in(root: Path) -> list[Path]:
@@ -171,13 +190,15 @@ def _partition_manifests(
     root: Path, only: Path | None, manifest: SetManifest | None
 ) -> list[tuple[Path, PartitionEntry | None]]:
     if only is not None:
-        return [(only, None)]
+        return [(only, None if manifest is None else entry_of_file(manifest, only))]
     if manifest is None:
         return [(path, None) for path in _manifests_in(root)]
     return [(root / entry.manifest_file, entry) for entry in manifest.partitions]
 
 
-def _open(path: Path, entry: PartitionEntry | None, io: IoMode, report: Report) -> OpenPartition | None:
+def _open(
+    path: Path, entry: PartitionEntry | None, io: IoMode, report: Report, *, is_bound: bool
+) -> OpenPartition | None:
     """Open a partition, report what is wrong with its structure, and hold it to its entry in the set manifest."""
     part_id = None if entry is None else entry.part_id
 
@@ -185,7 +206,7 @@ def _open(path: Path, entry: PartitionEntry | None, io: IoMode, report: Report) 
         report(fault if fault.partition is not None else fault._replace(partition=part_id))
 
     try:
-        partition = read_partition_files(path, report_here, io)
+        partition = read_partition_files(path, report_here, io, entry, is_bound=is_bound)
     except (IntegrityError, CheckpointError, FormatError) as error:
         # A CheckpointError says that a disk failed.  What a set of our version lists is ours, so if it does not look
         # like it, it is damaged; only of a file that stands alone may one say that it is foreign.
@@ -194,8 +215,6 @@ def _open(path: Path, entry: PartitionEntry | None, io: IoMode, report: Report) 
         report_here(Fault(error.path or str(path), error.what, error.offset))
         return None
     if entry is not None:
-        if path.is_file() and _sha256_of(path) != entry.manifest_sha256:
-            report_here(Fault(str(path), "manifest is not the one the set was made with", 0, path.stat().st_size))
         payload = path.parent / entry.payload_file
         if payload.is_file() and payload.stat().st_size != entry.payload_bytes:
             found = payload.stat().st_size
@@ -207,7 +226,7 @@ def _open(path: Path, entry: PartitionEntry | None, io: IoMode, report: Report) 
 def _sha256_of(path: Path) -> str | None:
     """Digest of a file; None, which is no file's, if it cannot be read."""
     try:
-        return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+        return sha256_of(path.read_bytes())
     except OSError:
         return None
 
@@ -279,6 +298,8 @@ def _verify_range(job: _Range, scratch: Scratch, decode: _Decode | None, report:
                 what = None
                 if xxhash.xxh3_64_intdigest(stored) != int(record["stored_xxh3"]):
                     what = "stored bytes are damaged"
+                elif (decode is not None or partition.is_bound) and not partition.has_digest(chunk, stored):
+                    what = "stored bytes are forged: they have their checksum, but not their digest"
                 elif decode is not None:
                     try:
                         if decode.raw_xxh3(stored, partition, chunk) != int(record["raw_xxh3"]):
