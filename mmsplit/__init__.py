@@ -3,6 +3,7 @@
     plan(source, num_parts)              who would get what, from headers alone
     split(source, output, num_parts)     stream it into partition_K.json + partition_K.bin
     verify(path)                         find every byte that is not as it was written
+    sign(path, private_key)              vouch for a set with a key
     merge(path, output)                  the original shards again, byte for byte
     open_partition(path)                 a mapping of tensor names to numpy arrays
     open_set(path), open_checkpoint(path), inspect(path)
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from mmsplit.verbs.plan import plan
     from mmsplit.verbs.pull import PullResult, pull
     from mmsplit.verbs.push import PushResult, push
+    from mmsplit.verbs.sign import SignResult, sign
     from mmsplit.verbs.split import SplitResult, split
     from mmsplit.verbs.verify import VerifyResult, verify
     from mmsplit.workers import Progress
@@ -101,6 +103,7 @@ _HOMES = {
     "mmsplit.verbs.plan": ("plan",),
     "mmsplit.verbs.pull": ("PullResult", "pull"),
     "mmsplit.verbs.push": ("PushResult", "push"),
+    "mmsplit.verbs.sign": ("SignResult", "sign"),
     "mmsplit.verbs.split": ("SplitResult", "split"),
     "mmsplit.verbs.verify": ("VerifyResult", "verify"),
     "mmsplit.workers": ("Progress",),

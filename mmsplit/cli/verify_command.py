@@ -27,6 +27,8 @@ from mmsplit.verbs.verify import Level, verify
 )
 @click.option("--against", type=SOURCE, help="A checkpoint, or a model of the Hub, to compare with, byte for byte.")
 @root_option
+@click.option("--signature", type=PATH, help="Demand the set that this signature vouches for; with --key.")
+@click.option("--key", type=PATH, help="The public key to the signature: a PEM file.")
 @hub_options
 @unknown_dtypes_option
 @work_options
@@ -36,6 +38,8 @@ def verify_command(
     level: Level,
     against: str | None,
     root_digest: str | None,
+    signature: Path | None,
+    key: Path | None,
     revision: str | None,
     cache_dir: Path | None,
     token: str | None,
@@ -53,6 +57,8 @@ def verify_command(
             level=level,
             against=against,
             root_digest=root_digest,
+            signature=signature,
+            public_key=key,
             hub=hub_of(revision, cache_dir, token, connections),
             allow_unknown_dtypes=allow_unknown_dtypes,
             threads=threads,

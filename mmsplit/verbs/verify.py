@@ -26,6 +26,7 @@ from mmsplit.sidecar.set_manifest import (
     is_as_written,
 )
 from mmsplit.sidecar.set_reader import entry_of_file, read_set_manifest, resolve_set_path
+from mmsplit.sidecar.signature import signed_root_digest
 from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup, thread_count
 
 #: quick: structure and sizes.  stored: and the checksum of every stored byte.  full: and decode it all.
@@ -78,6 +79,8 @@ def verify(
     level: Level = "stored",
     against: str | Path | Checkpoint | None = None,
     root_digest: str | None = None,
+    signature: str | Path | None = None,
+    public_key: str | Path | None = None,
     hub: HubOptions | None = None,
     allow_unknown_dtypes: bool = False,
     threads: int | None = None,
@@ -91,19 +94,28 @@ def verify(
 
     With `root_digest` only that very set will do, and every chunk that is read is held to its digest; one partition
     needs the set manifest beside it for that, but no other partition.  Without one, chunks are held to their digests
-    at level "full".
+    at level "full".  `signature` is a file that says which root digest is right: one of OpenSSF Model Signing, made
+    with the private key to `public_key`.
 
     Raises `FormatError` if there is nothing to verify or its version is not known here, `IntegrityError` if the set
-    is not that of `root_digest`; other damage is a result, not an error.
+    is not that of `root_digest` or the signature is not right; other damage is a result, not an error.
     """
     if level not in get_args(Level):
         raise RequestError(f"no such level: {level!r}", hint=f"Possible are {', '.join(get_args(Level))}.")
     root, only = resolve_set_path(Path(path))
     faults = _Faults()
+    if (signature is None) != (public_key is None):
+        raise RequestError("a signature and the public key to it go together", hint="Give both, or neither.")
+    if root_digest is not None:
+        root_digest = parse_root_digest(root_digest)
+    if signature is not None and public_key is not None:
+        signed = signed_root_digest(root, Path(signature), Path(public_key))
+        if root_digest not in (None, signed):
+            raise IntegrityError("signature is of another set", path=signature, expected=root_digest, found=signed)
+        root_digest = signed
     if root_digest is None:
         manifest = _set_manifest(root, only, faults.add)
     else:
-        root_digest = parse_root_digest(root_digest)
         manifest = read_set_manifest(root, root_digest)
         _require_as_written(root, faults.add)
     entries = _partition_manifests(root, only, manifest)
