@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -18,15 +19,26 @@ from mmsplit.cli.app import app
 from mmsplit.synthetic import write_synthetic_checkpoint
 
 ROOT = Path(__file__).parent.parent
-SHOWING_COMMANDS = ("README.md", "docs/usage.md", "docs/larger-than-disk.md")
+SHOWING_COMMANDS = ("README.md", "docs/usage.md", "docs/larger-than-disk.md", "docs/security.md")
+#: Signatures need the extra `sign`.
+CAN_SIGN = importlib.util.find_spec("model_signing") is not None
 DOCUMENTS = (*SHOWING_COMMANDS, "docs/python.md", "docs/architecture.md", "docs/errors.md")
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a checkpoint of the name that the documents use."""
+    """A directory with a checkpoint of the name that the documents use, and keys where signing is possible."""
     directory = tmp_path_factory.mktemp("docs")
     write_synthetic_checkpoint(directory / "Llama-3.2-1B")
+    if CAN_SIGN:
+        from cryptography.hazmat.primitives import serialization as to
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        key = ec.generate_private_key(ec.SECP256R1())
+        private = key.private_bytes(to.Encoding.PEM, to.PrivateFormat.PKCS8, to.NoEncryption())
+        public = key.public_key().public_bytes(to.Encoding.PEM, to.PublicFormat.SubjectPublicKeyInfo)
+        (directory / "signer.pem").write_bytes(private)
+        (directory / "signer.pub").write_bytes(public)
     return directory
 
 
@@ -57,16 +69,22 @@ def _commands(document: str) -> list[str]:
 
 @pytest.mark.parametrize("document", SHOWING_COMMANDS)
 def test_every_command_shown_runs(document: str, workplace: Path, environment: dict[str, str]) -> None:
-    """The commands of a document, run one after the other, all succeed."""
+    """The commands of a document, run one after the other, all succeed; with the root digest of what they split."""
     place = workplace / document.replace("/", "-")
     place.mkdir()
-    (place / "Llama-3.2-1B").symlink_to(workplace / "Llama-3.2-1B")
+    for name in ("Llama-3.2-1B", "signer.pem", "signer.pub"):
+        (place / name).symlink_to(workplace / name)
+    root = ""
     commands = _commands(document)
     assert commands
     for command in commands:
-        words = [sys.executable, "-m", *command.split()]
+        if "signer.p" in command and not CAN_SIGN:
+            continue
+        words = [sys.executable, "-m", *re.sub(r"sha256:[0-9a-f]{64}", root, command).split()]
         result = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, f"{command}\n{result.stderr}"
+        found = re.search(r"root digest (sha256:[0-9a-f]{64})", result.stdout)
+        root = found[1] if found else root
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/python.md"])
