@@ -21,6 +21,7 @@ import pytest
 import xxhash
 from checkpoints import CAUSAL_CONFIG, Weight, flip, sample, tree, write_checkpoint
 
+from mmsplit.cli import run
 from mmsplit.codec import PLANES, ChunkDecoder, Encoded
 from mmsplit.digests import chunk_digest, sha256_of
 from mmsplit.errors import CheckpointError, FormatError, IntegrityError, MmsplitError, RemoteNotFoundError, RequestError
@@ -501,3 +502,14 @@ def test_another_set_is_refused_before_anything_of_it_is_read(genuine: Path, mon
     monkeypatch.setattr("mmsplit.verbs.verify.read_partition_files", fail)
     with pytest.raises(MmsplitError, match=r"another set.*expected sha256:0{64}, found sha256:[0-9a-f]{64}"):
         verify(genuine, root_digest="0" * 64)
+
+
+def test_the_commands_demand_the_root(genuine: Path, root_digest: str, tmp_path: Path, capsys: Any) -> None:
+    """Exit code 0 and the root in the result, 5 for another set, 2 for what is no digest."""
+    for command in (["verify", str(genuine)], ["merge", str(genuine), "-o", str(tmp_path / "merged")]):
+        assert run([*command, "--root", root_digest, "--quiet"]) == 0
+        assert run([*command, "--root", "sha256:" + "0" * 64, "--quiet"]) == 5
+        assert run([*command, "--root", "0", "--quiet"]) == 2
+    capsys.readouterr()
+    assert run(["verify", str(genuine), "--root", root_digest.removeprefix("sha256:"), "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["root_digest"] == root_digest
