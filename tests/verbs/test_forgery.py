@@ -409,27 +409,40 @@ def parse(data: bytes) -> Any:
     return parse_trailer(data[-TRAILER_BYTES:], len(data))
 
 
-@pytest.mark.parametrize("what", ["header", "copy"])
-def test_what_follows_from_the_manifest_cannot_be_chosen(
-    what: str, victim: Path, genuine: Path, root_digest: str
-) -> None:
-    """A file header, or a manifest copy, that says something else: found with genuine JSON beside it."""
-    text, path = (genuine / "partition_0.json").read_bytes(), victim / "partition_0.bin"
+ALONE = {
+    "header": "file header is not that of the manifest's partition",
+    "copy": "manifest is not the one written with this payload",
+    "manifest": "manifest is not the one the set was made with",
+    "index": "chunk index is damaged",
+}
+
+
+@pytest.mark.parametrize("what", ALONE)
+def test_each_part_of_a_partition_is_bound_by_itself(what: str, victim: Path, root_digest: str) -> None:
+    """Forged alone, in its own length and with its own checksums right; nothing but its digest can tell."""
+    text, path = (victim / "partition_0.json").read_bytes(), victim / "partition_0.bin"
     data = path.read_bytes()
+    trailer = parse(data)
+    index = bytearray(data[trailer.index_offset : trailer.manifest_offset])
     if what == "header":
         header = pack_header(1, 2, "sha256:" + "0" * 64, "sha256:" + "1" * 64)
-        path.write_bytes(header + data[len(header) :])
+        data = header + data[len(header) :]
+    elif what == "index":
+        record = next(n for n, row in enumerate(np.frombuffer(bytes(index), CHUNK_RECORD)) if row["layout"] == 4)
+        index[record * CHUNK_RECORD.itemsize + CHUNK_RECORD.fields["layout"][1]] = 1
+        data = data[: trailer.index_offset] + index + data[trailer.manifest_offset :]
     else:
-        trailer = parse(data)
         other = text.replace(b'"model.layers.0.norm.weight"', b'"model.layers.0.norm.wEight"')
-        tail = pack_tail(data[trailer.index_offset : trailer.manifest_offset], trailer.index_offset, other)
-        path.write_bytes(data[: trailer.index_offset] + tail)
+        data = data[: trailer.index_offset] + pack_tail(bytes(index), trailer.index_offset, other)
+        if what == "manifest":
+            (victim / "partition_0.json").write_bytes(other)
     assert path.stat().st_size == len(data)
-    problems = verify(victim, level="quick", root_digest=root_digest).problems
-    expected = {"header": "file header is not that", "copy": "not the one written with this payload"}[what]
-    assert any(expected in fault.what for fault in problems)
-    with pytest.raises(IntegrityError, match=expected):
-        open_partition(victim / "partition_0.json")
+    path.write_bytes(data)
+    problems = verify(victim, level="stored", root_digest=root_digest).problems
+    assert [fault.what for fault in problems] == [ALONE[what]]
+    for use in (open_partition, lambda path, **root: open_set(path.parent, **root).partition(0)):
+        with pytest.raises(IntegrityError, match=ALONE[what]):
+            use(victim / "partition_0.json", root_digest=root_digest)  # type: ignore[operator]
 
 
 def test_one_partition_and_the_set_manifest_are_enough(genuine: Path, root_digest: str, tmp_path: Path) -> None:
