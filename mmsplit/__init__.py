@@ -5,6 +5,7 @@
     verify(path)                         find every byte that is not as it was written
     sign(path, private_key)              vouch for a set with a key
     merge(path, output)                  the original shards again, byte for byte
+    repair(path, source)                 what is damaged made again, from the checkpoint or another copy
     open_partition(path)                 a mapping of tensor names to numpy arrays
     open_set(path), open_checkpoint(path), inspect(path)
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         AccessDeniedError,
         CheckpointError,
         FormatError,
+        GgufFileError,
         HeaderError,
         IndexMismatchError,
         IntegrityError,
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from mmsplit.layers import Layer, LayerMap, build_layer_map
     from mmsplit.planning import Plan
     from mmsplit.remote.source import HubOptions, open_source
+    from mmsplit.sidecar.scrub_run import Scrub
     from mmsplit.verbs.download import DownloadResult, download
     from mmsplit.verbs.inspect import inspect
     from mmsplit.verbs.load import Partition, PartitionSet, open_partition, open_set
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     from mmsplit.verbs.plan import plan
     from mmsplit.verbs.pull import PullResult, pull
     from mmsplit.verbs.push import PushResult, push
+    from mmsplit.verbs.repair import RepairResult, repair
     from mmsplit.verbs.sign import SignResult, sign
     from mmsplit.verbs.split import SplitResult, split
     from mmsplit.verbs.verify import VerifyResult, verify
@@ -73,6 +77,7 @@ _HOMES = {
         "AccessDeniedError",
         "CheckpointError",
         "FormatError",
+        "GgufFileError",
         "HeaderError",
         "IndexMismatchError",
         "IntegrityError",
@@ -96,6 +101,7 @@ _HOMES = {
     "mmsplit.layers": ("Layer", "LayerMap", "build_layer_map"),
     "mmsplit.planning": ("Plan",),
     "mmsplit.remote.source": ("HubOptions", "open_source"),
+    "mmsplit.sidecar.scrub_run": ("Scrub",),
     "mmsplit.verbs.download": ("DownloadResult", "download"),
     "mmsplit.verbs.inspect": ("inspect",),
     "mmsplit.verbs.load": ("Partition", "PartitionSet", "open_partition", "open_set"),
@@ -103,6 +109,7 @@ _HOMES = {
     "mmsplit.verbs.plan": ("plan",),
     "mmsplit.verbs.pull": ("PullResult", "pull"),
     "mmsplit.verbs.push": ("PushResult", "push"),
+    "mmsplit.verbs.repair": ("RepairResult", "repair"),
     "mmsplit.verbs.sign": ("SignResult", "sign"),
     "mmsplit.verbs.split": ("SplitResult", "split"),
     "mmsplit.verbs.verify": ("VerifyResult", "verify"),

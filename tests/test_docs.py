@@ -19,10 +19,10 @@ from mmsplit.cli.app import app
 from mmsplit.synthetic import write_synthetic_checkpoint
 
 ROOT = Path(__file__).parent.parent
-SHOWING_COMMANDS = ("README.md", "docs/usage.md", "docs/larger-than-disk.md", "docs/security.md")
+SHOWING_COMMANDS = ("README.md", "docs/usage.md", "docs/larger-than-disk.md", "docs/repair.md", "docs/security.md")
 #: Signatures need the extra `sign`.
 CAN_SIGN = importlib.util.find_spec("model_signing") is not None
-DOCUMENTS = (*SHOWING_COMMANDS, "docs/python.md", "docs/architecture.md", "docs/errors.md")
+DOCUMENTS = (*SHOWING_COMMANDS, "docs/python.md", "docs/architecture.md", "docs/errors.md", "docs/reliability.md")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def environment(workplace: Path) -> Iterator[dict[str, str]]:
 
 def _commands(document: str) -> list[str]:
     blocks = re.findall(r"```console\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
-    return re.findall(r"^ *\$ (mmsplit .*)$", "\n".join(blocks), re.MULTILINE)
+    return re.findall(r"^ *\$ ((?:mmsplit|rm|dd) .*)$", "\n".join(blocks), re.MULTILINE)
 
 
 @pytest.mark.parametrize("document", SHOWING_COMMANDS)
@@ -80,7 +80,8 @@ def test_every_command_shown_runs(document: str, workplace: Path, environment: d
     for command in commands:
         if "signer.p" in command and not CAN_SIGN:
             continue
-        words = [sys.executable, "-m", *re.sub(r"sha256:[0-9a-f]{64}", root, command).split()]
+        words = re.sub(r"sha256:[0-9a-f]{64}", root, command).split()
+        words = [sys.executable, "-m", *words] if words[0] == "mmsplit" else words
         result = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, f"{command}\n{result.stderr}"
         found = re.search(r"root digest (sha256:[0-9a-f]{64})", result.stdout)
@@ -126,6 +127,18 @@ def test_links_lead_somewhere(document: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         if "://" not in target:
             assert (path.parent / target).exists(), target
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    """A promise whose test is gone is none."""
+    text = (ROOT / "docs/reliability.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text() or not test, (file, test)
+    neighbours = (ROOT / "tests/faults/test_neighbours.py").read_text()
+    for test in re.findall(r"`(test_\w+)`", text):
+        assert f"def {test}(" in neighbours, test
 
 
 def test_every_exported_name_exists() -> None:

@@ -13,6 +13,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ from mmsplit.sidecar.chunk_index import CHUNK_RECORD, tensor_checksum
 from mmsplit.sidecar.framing import TRAILER_BYTES, pack_header, parse_trailer
 from mmsplit.sidecar.partition_reader import open_partition_files
 from mmsplit.sidecar.payload_tail import pack_tail
+from mmsplit.sidecar.scrub_run import Scrub
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME
 from mmsplit.verbs.load import open_partition, open_set
 from mmsplit.verbs.merge import merge
 from mmsplit.verbs.pull import pull
+from mmsplit.verbs.repair import RepairLevel, RepairResult, repair
 from mmsplit.verbs.split import split
 from mmsplit.verbs.verify import verify
 
@@ -250,6 +253,10 @@ def refusals(root: Path, digest: str | None, out: Path) -> list[str]:
         if problems:
             raise IntegrityError(problems[0].what)
 
+    def require_nothing_to_do(result: RepairResult) -> None:
+        if not result.ok:
+            raise IntegrityError("there is something to repair")
+
     uses: dict[str, Callable[[], object]] = {
         "verify": lambda: require_ok(root),
         "verify one": lambda: require_ok(root / "partition_0.json"),
@@ -257,6 +264,7 @@ def refusals(root: Path, digest: str | None, out: Path) -> list[str]:
         "open_partition": lambda: read_all(open_partition(root / "partition_0.bin", root_digest=digest, threads=1)),
         "merge": lambda: merge(root, out / "merged", root_digest=digest, threads=1),
         "pull": lambda: pull(root, out / "pulled", root_digest=digest, threads=1),
+        "repair": lambda: require_nothing_to_do(repair(root, dry_run=True, root_digest=digest, threads=1)),
     }
     refused = []
     for name, use in uses.items():
@@ -270,7 +278,7 @@ def refusals(root: Path, digest: str | None, out: Path) -> list[str]:
     return refused
 
 
-EVERYTHING = ["verify", "verify one", "open_set", "open_partition", "merge", "pull"]
+EVERYTHING = ["verify", "verify one", "open_set", "open_partition", "merge", "pull", "repair"]
 
 
 def test_the_genuine_set_is_accepted(genuine: Path, root_digest: str, tmp_path: Path) -> None:
@@ -307,7 +315,7 @@ def test_whoever_keeps_the_genuine_set_manifest_is_found_out_below_it(
     changed |= set(tree(genuine)) - set(tree(victim))
     if "partition_0.bin" not in changed and "partition_0.json" not in changed:
         assert changed <= {"config.json"}
-        expected = ["verify", "merge", "pull"] if changed else []
+        expected = ["verify", "merge", "pull", "repair"] if changed else []
     else:
         expected = EVERYTHING
     assert refusals(victim, root_digest, tmp_path) == expected
@@ -332,6 +340,66 @@ def test_bytes_of_the_same_xxh3_pass_without_a_root_and_not_with_it(
         assert (fault.partition, fault.tensor) == (0, "model.layers.0.norm.weight")
         assert fault.start is not None
         assert data[fault.start : fault.stop] == GENUINE
+
+
+def put_colliding(root: Path) -> None:
+    """Replace one tensor by the bytes that its checksums do not tell from it."""
+    path = root / "partition_0.bin"
+    path.write_bytes(path.read_bytes().replace(GENUINE, COLLIDING))
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "copy"])
+@pytest.mark.parametrize(("level", "with_root"), [("stored", True), ("full", True), ("full", False)])
+def test_repair_makes_a_forged_chunk_again(
+    genuine: Path, victim: Path, root_digest: str, kind: str, level: RepairLevel, with_root: bool
+) -> None:
+    """Byte for byte, and so with the same root; held to checksums only, there is nothing to repair."""
+    put_colliding(victim)
+    source = genuine.parent / "model" if kind == "checkpoint" else genuine
+    assert repair(victim, source).mended == ()
+    assert not verify(victim, root_digest=root_digest).ok
+    result = repair(victim, source, level=level, root_digest=root_digest if with_root else None)
+    assert [item.tensor for item in result.mended] == ["model.layers.0.norm.weight"]
+    assert (result.ok, result.root_digest) == (True, root_digest)
+    assert tree(victim) == tree(genuine)
+    assert verify(victim, level="full", root_digest=root_digest).ok
+
+
+def test_repair_takes_no_forged_chunk_from_a_source(genuine: Path, victim: Path, tmp_path: Path) -> None:
+    """Not even where nobody gave it a root: what is written is held to the digest on record."""
+    copy = Path(shutil.copytree(genuine, tmp_path / "copy"))
+    put_colliding(copy)
+    path = victim / "partition_0.bin"
+    flip(path, path.read_bytes().index(GENUINE))
+    before = tree(victim)
+    (fault,) = repair(victim, copy).problems
+    assert "does not give the bytes that were stored" in fault.what
+    assert tree(victim) == before
+    assert repair(victim, [copy, genuine]).ok
+    assert tree(victim) == tree(genuine)
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_a_little_every_night_with_the_root(victim: Path, root_digest: str, tmp_path: Path, single: bool) -> None:
+    """What was held to checksums only is looked at again when a root is given, and the forged chunk is found."""
+    place = victim / "partition_0.json" if single else victim
+    scrub = Scrub(since=timedelta(days=1), history=tmp_path / "history.jsonl")
+    everything = verify(place).checked_bytes
+    assert verify(place, scrub=scrub).checked_bytes == everything
+    assert verify(place, scrub=scrub).checked_bytes == 0
+    bound = verify(place, root_digest=root_digest, scrub=scrub)
+    assert (bound.ok, bound.checked_bytes, bound.root_digest) == (True, everything, root_digest)
+    assert verify(place, root_digest=root_digest, scrub=scrub).checked_bytes == 0
+    assert verify(place, scrub=scrub).checked_bytes == 0
+    put_colliding(victim)
+
+    def found(number: int) -> int:
+        return len(verify(place, root_digest=root_digest, scrub=Scrub(subset=f"{number}/5")).problems)
+
+    assert sorted(map(found, range(1, 6))) == [0, 0, 0, 0, 1]
+    assert all(verify(place, scrub=Scrub(subset=f"{number}/5")).ok for number in range(1, 6))
+    with pytest.raises(IntegrityError, match="another set"):
+        verify(place, root_digest="0" * 64, scrub=Scrub(subset="1/5"))
 
 
 @pytest.mark.parametrize("verify_checksums", [True, False])
@@ -519,7 +587,13 @@ def test_another_set_is_refused_before_anything_of_it_is_read(genuine: Path, mon
 
 def test_the_commands_demand_the_root(genuine: Path, root_digest: str, tmp_path: Path, capsys: Any) -> None:
     """Exit code 0 and the root in the result, 5 for another set, 2 for what is no digest."""
-    for command in (["verify", str(genuine)], ["merge", str(genuine), "-o", str(tmp_path / "merged")]):
+    commands = (
+        ["verify", str(genuine)],
+        ["verify", str(genuine), "--subset", "1/2"],
+        ["repair", str(genuine)],
+        ["merge", str(genuine), "-o", str(tmp_path / "merged")],
+    )
+    for command in commands:
         assert run([*command, "--root", root_digest, "--quiet"]) == 0
         assert run([*command, "--root", "sha256:" + "0" * 64, "--quiet"]) == 5
         assert run([*command, "--root", "0", "--quiet"]) == 2

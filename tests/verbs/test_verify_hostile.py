@@ -204,7 +204,7 @@ def test_what_promises_the_world_costs_no_memory(victim: Path) -> None:
         (victim / "partition_0.bin").write_bytes(payload)
         frame = b"\x28\xb5\x2f\xfd\xe0" + declared.to_bytes(8, "little") + b"\x03\x00\x00x"
         kept = {"bytes": declared, "zstd_base64": base64.b64encode(frame).decode()}
-        _write_set_manifest(victim, _replaced(values, ("source", "shards", 0, "header"), kept))
+        _write_set_manifest(victim, _replaced(values, ("source", "shards", 0, "kept"), kept))
         with pytest.raises(IntegrityError):
             merge(victim, victim.parent / "merged")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
