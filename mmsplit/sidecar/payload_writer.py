@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from mmsplit.checkpoint import FileReader, Scratch
-from mmsplit.digests import sha256_of
+from mmsplit.digests import chunk_digest, sha256_of
 from mmsplit.errors import IntegrityError, MmsplitError, OutputError
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD, ChunkIndex, empty_index
 from mmsplit.sidecar.layout import CHUNK_ALIGNMENT, DATA_START, SLOT_ALIGNMENT, Slot, aligned
@@ -257,7 +257,7 @@ class PayloadWriter:
 
 
 def _intact_slot(slot: Slot, records: ChunkIndex, start: int, reader: FileReader, scratch: Scratch) -> int | None:
-    """Return where the slot ends if its records fit the plan and its bytes have their checksums, else None."""
+    """Return where the slot ends if its records fit the plan and its chunks have their digests, else None."""
     position = start
     for chunk, record in zip(slot.chunks, records, strict=True):
         offset, stored = int(record["stored_offset"]), int(record["stored_bytes"])
@@ -279,6 +279,8 @@ def _intact_slot(slot: Slot, records: ChunkIndex, start: int, reader: FileReader
                 begin = int(record["stored_offset"]) - start
                 end = begin + int(record["stored_bytes"])
                 if any(view[position:begin]) or xxhash.xxh3_64_intdigest(view[begin:end]) != int(record["stored_xxh3"]):
+                    return None
+                if chunk_digest(view[begin:end]) != record["stored_blake3"].tobytes():
                     return None
                 position = end
             return None if any(view[position:]) else stop

@@ -26,8 +26,11 @@ from mmsplit.cli import run
 from mmsplit.codec import PLANES, ChunkDecoder, Encoded
 from mmsplit.digests import chunk_digest, sha256_of
 from mmsplit.errors import CheckpointError, FormatError, IntegrityError, MmsplitError, RemoteNotFoundError, RequestError
+from mmsplit.planning import iter_stored
+from mmsplit.repairing.planned_partition import planned_partition
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD, tensor_checksum
 from mmsplit.sidecar.framing import TRAILER_BYTES, pack_header, parse_trailer
+from mmsplit.sidecar.layout import iter_slots
 from mmsplit.sidecar.partition_reader import open_partition_files
 from mmsplit.sidecar.payload_tail import pack_tail
 from mmsplit.sidecar.scrub_run import Scrub
@@ -376,6 +379,22 @@ def test_repair_takes_no_forged_chunk_from_a_source(genuine: Path, victim: Path,
     assert "does not give the bytes that were stored" in fault.what
     assert tree(victim) == before
     assert repair(victim, [copy, genuine]).ok
+    assert tree(victim) == tree(genuine)
+
+
+def test_repair_goes_on_from_no_forged_beginning(genuine: Path, victim: Path, root_digest: str) -> None:
+    """A payload under construction that somebody put there, with the genuine records for a journal, one chunk forged."""
+    put_colliding(victim)
+    payload = victim / "partition_0.bin"
+    with open_partition_files(victim / "partition_0.json") as partition:
+        index, manifest = partition.index, partition.manifest
+    journal = b""
+    for slot in iter_slots(iter_stored(planned_partition(manifest))):
+        rows = index[slot.first_chunk : slot.first_chunk + len(slot.chunks)].tobytes()
+        journal += rows + xxhash.xxh3_64_digest(rows)
+    payload.rename(victim / "partition_0.bin.partial")
+    (victim / "partition_0.bin.journal").write_bytes(journal)
+    assert repair(victim, genuine.parent / "model", root_digest=root_digest).ok
     assert tree(victim) == tree(genuine)
 
 
