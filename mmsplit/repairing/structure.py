@@ -85,6 +85,7 @@ def tail_patches(parts: PartitionParts, reader: FileReader, found: FoundIndex) -
     """
     manifest, index = parts.manifest, found.records.tobytes()
     tail = pack_tail(index, manifest.data_stop, parts.json)
+    trailer = len(index) + len(parts.json)
     size = manifest.data_stop + len(tail)
     if parts.payload_bytes not in (None, size):
         raise IntegrityError(
@@ -93,13 +94,16 @@ def tail_patches(parts: PartitionParts, reader: FileReader, found: FoundIndex) -
             expected=f"{parts.payload_bytes:,} bytes",
             found=f"{size:,}",
         )
-    ends = (len(index), len(index) + len(parts.json), len(tail))
-    names = (("chunk index", found.source or THE_SET), ("manifest copy", THE_SET), ("trailer", THE_SET))
-    patches = []
-    for (what, source), start, stop in zip(names, (0, *ends), ends, strict=False):
-        offset, data = manifest.data_stop + start, tail[start:stop]
-        if read_if_there(reader, offset, offset + len(data)) != data:
-            patches.append(_patch(parts, reader, offset, data, what, source))
+    pieces = (
+        (0, len(index), "chunk index", found.source or THE_SET),
+        (len(index), trailer, "manifest copy", THE_SET),
+        (trailer, len(tail), "trailer", THE_SET),
+    )
+    patches = [
+        _patch(parts, reader, manifest.data_stop + start, tail[start:stop], what, source)
+        for start, stop, what, source in pieces
+        if read_if_there(reader, manifest.data_stop + start, manifest.data_stop + stop) != tail[start:stop]
+    ]
     return patches, size
 
 

@@ -383,7 +383,7 @@ def test_repair_takes_no_forged_chunk_from_a_source(genuine: Path, victim: Path,
 
 
 def test_repair_goes_on_from_no_forged_beginning(genuine: Path, victim: Path, root_digest: str) -> None:
-    """A payload under construction that somebody put there, with the genuine records for a journal, one chunk forged."""
+    """A payload under construction that somebody put there: genuine records for a journal, one chunk forged."""
     put_colliding(victim)
     payload = victim / "partition_0.bin"
     with open_partition_files(victim / "partition_0.json") as partition:
