@@ -3,6 +3,7 @@
     plan(source, num_parts)              who would get what, from headers alone
     split(source, output, num_parts)     stream it into partition_K.json + partition_K.bin
     verify(path)                         find every byte that is not as it was written
+    sign(path, private_key)              vouch for a set with a key
     merge(path, output)                  the original shards again, byte for byte
     repair(path, source)                 what is damaged made again, from the checkpoint or another copy
     open_partition(path)                 a mapping of tensor names to numpy arrays
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from mmsplit.verbs.pull import PullResult, pull
     from mmsplit.verbs.push import PushResult, push
     from mmsplit.verbs.repair import RepairResult, repair
+    from mmsplit.verbs.sign import SignResult, sign
     from mmsplit.verbs.split import SplitResult, split
     from mmsplit.verbs.verify import VerifyResult, verify
     from mmsplit.workers import Progress
@@ -108,6 +110,7 @@ _HOMES = {
     "mmsplit.verbs.pull": ("PullResult", "pull"),
     "mmsplit.verbs.push": ("PushResult", "push"),
     "mmsplit.verbs.repair": ("RepairResult", "repair"),
+    "mmsplit.verbs.sign": ("SignResult", "sign"),
     "mmsplit.verbs.split": ("SplitResult", "split"),
     "mmsplit.verbs.verify": ("VerifyResult", "verify"),
     "mmsplit.workers": ("Progress",),

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "mmsplit"
 
 #: Rooms from the top down.  A module may import from rooms above its own; within a room, from files listed earlier.
 HOUSE = {
-    "foundation": ["errors", "durable", "dtypes", "workers", "queues"],
+    "foundation": ["errors", "digests", "durable", "dtypes", "workers", "queues"],
     "checkpoint": [
         "tensor",
         "header",
@@ -106,6 +106,7 @@ HOUSE = {
         "manifest",
         "slices",
         "manifest_builder",
+        "payload_tail",
         "set_manifest",
         "output_files",
         "partition_reader",
@@ -120,8 +121,8 @@ HOUSE = {
         "small_files",
         "output_directory",
         "set_reader",
+        "signature",
         "payload_pieces",
-        "payload_tail",
         "partition_check",
         "piece_fetcher",
         "partition_receiver",
@@ -148,7 +149,7 @@ HOUSE = {
         "partition_repair",
         "set_files",
     ],
-    "verbs": ["plan", "split", "verify", "merge", "load", "inspect", "download", "pull", "push", "repair"],
+    "verbs": ["plan", "split", "verify", "merge", "load", "inspect", "download", "pull", "push", "repair", "sign"],
     "hub_model": [],
     "synthetic": [],
     "benchmark": ["rates", "sample", "bench"],
@@ -168,6 +169,7 @@ HOUSE = {
         "verify_command",
         "repair_command",
         "merge_command",
+        "sign_command",
         "bench_command",
         "app",
     ],

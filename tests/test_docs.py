@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -26,16 +27,28 @@ SHOWING_COMMANDS = (
     "docs/larger-than-disk.md",
     "docs/other-cuts.md",
     "docs/repair.md",
+    "docs/security.md",
 )
+#: Signatures need the extra `sign`.
+CAN_SIGN = importlib.util.find_spec("model_signing") is not None
 DOCUMENTS = (*SHOWING_COMMANDS, "docs/python.md", "docs/architecture.md", "docs/errors.md", "docs/reliability.md")
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a checkpoint of the name that the documents use."""
+    """A directory with a checkpoint of the name that the documents use, and keys where signing is possible."""
     directory = tmp_path_factory.mktemp("docs")
     write_synthetic_checkpoint(directory / "Llama-3.2-1B")
     _write_mixture(directory / "Mixture-8x8")
+    if CAN_SIGN:
+        from cryptography.hazmat.primitives import serialization as to
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        key = ec.generate_private_key(ec.SECP256R1())
+        private = key.private_bytes(to.Encoding.PEM, to.PrivateFormat.PKCS8, to.NoEncryption())
+        public = key.public_key().public_bytes(to.Encoding.PEM, to.PublicFormat.SubjectPublicKeyInfo)
+        (directory / "signer.pem").write_bytes(private)
+        (directory / "signer.pub").write_bytes(public)
     return directory
 
 
@@ -83,24 +96,29 @@ def _commands(document: str) -> list[str]:
 def _furnish(place: Path, workplace: Path, document: str) -> None:
     """Make a directory with the models, and the TOML files that the document shows with their names."""
     place.mkdir()
-    for model in ("Llama-3.2-1B", "Mixture-8x8"):
-        (place / model).symlink_to(workplace / model)
+    for name in ("Llama-3.2-1B", "Mixture-8x8", "signer.pem", "signer.pub"):
+        (place / name).symlink_to(workplace / name)
     for name, text in re.findall(r"```toml\n# (\w+\.toml)\n(.*?)```", (ROOT / document).read_text(), re.DOTALL):
         (place / name).write_text(text)
 
 
 @pytest.mark.parametrize("document", SHOWING_COMMANDS)
 def test_every_command_shown_runs(document: str, workplace: Path, environment: dict[str, str]) -> None:
-    """The commands of a document, run one after the other, all succeed."""
+    """The commands of a document, run one after the other, all succeed; with the root digest of what they split."""
     place = workplace / document.replace("/", "-")
     _furnish(place, workplace, document)
+    root = ""
     commands = _commands(document)
     assert commands
     for command in commands:
-        words = command.split()
+        if "signer.p" in command and not CAN_SIGN:
+            continue
+        words = re.sub(r"sha256:[0-9a-f]{64}", root, command).split()
         words = [sys.executable, "-m", *words] if words[0] == "mmsplit" else words
         result = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, f"{command}\n{result.stderr}"
+        found = re.search(r"root digest (sha256:[0-9a-f]{64})", result.stdout)
+        root = found[1] if found else root
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/python.md", "docs/other-cuts.md"])

@@ -17,6 +17,7 @@ _COMMANDS: Final = {
     "split": "Split a checkpoint into a partition set.",
     "verify": "Find every byte of a set that is not as it was written.",
     "repair": "Make what is damaged in a set again, from the checkpoint or another copy.",
+    "sign": "Sign a set, so that others can tell that it is yours.",
     "merge": "Merge a set into the original checkpoint, byte for byte.",
     "pull": "Get a published set, or some of its partitions, verified on arrival.",
     "push": "Publish a set on the Hub, with a page that says what it is.",

@@ -113,6 +113,13 @@ def unknown_dtypes_option(command: F) -> F:
     )(command)
 
 
+def root_option(command: F) -> F:
+    """Add --root."""
+    return click.option(
+        "--root", "root_digest", metavar="DIGEST", help="Demand the set of this root digest: sha256:…, as split prints."
+    )(command)
+
+
 def json_option(command: F) -> F:
     """Add --json."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)

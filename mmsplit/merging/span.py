@@ -60,6 +60,7 @@ class Span(NamedTuple):
             start, stop, encoded = piece.partition.encoded(piece.number)
             begin = start if begin is None else begin
             with _naming(piece):
+                piece.partition.require_bound(piece.number, stored[start - begin : stop - begin])
                 decoder.decode(stored[start - begin : stop - begin], encoded, raw)
                 if xxhash.xxh3_64_intdigest(raw) != int(piece.partition.index[piece.number]["raw_xxh3"]):
                     raise IntegrityError("decoded bytes are not those that were split")

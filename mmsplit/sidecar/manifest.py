@@ -20,7 +20,11 @@ from mmsplit.sidecar.json_fields import Fields, load_json_object
 from mmsplit.sidecar.layout import CHUNK_BYTES, DATA_START, chunk_count_of
 
 PARTITION_FORMAT: Final = "mmsplit-partition"
+#: With these a manifest, as it is written, begins and ends; neither occurs within one.
+MANIFEST_START: Final = b'{\n "format": "mmsplit-partition",\n'
+MANIFEST_STOP: Final = b"\n ]\n}\n"
 CHECKSUM_KIND: Final = "xxh3_64"
+CHUNK_DIGEST_KIND: Final = "blake3"
 #: The payload's header has 32 bits for part_id and num_parts.
 _MAX_PARTS: Final = 2**32 - 1
 
@@ -106,7 +110,7 @@ class Manifest(NamedTuple):
     payload_file: str
     data_stop: int
     chunk_count: int
-    index_xxh3: str
+    index_sha256: str
     stored_bytes: int
     layers: tuple[LayerEntry, ...]
 
@@ -142,10 +146,11 @@ def format_manifest(manifest: Manifest) -> bytes:
         "payload": {
             "file": manifest.payload_file,
             "checksum": CHECKSUM_KIND,
+            "digest": CHUNK_DIGEST_KIND,
             "chunk_bytes": CHUNK_BYTES,
             "chunk_count": manifest.chunk_count,
             "data_stop": manifest.data_stop,
-            "index_xxh3": manifest.index_xxh3,
+            "index_sha256": manifest.index_sha256,
         },
     }
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
@@ -213,7 +218,8 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
         fields.fail(f"not the manifest of a partition: format is {fields.get('format', str)[:40]!r}")
     require_version(fields.values.get("format_version"), path)
     payload = fields.inner("payload")
-    for key, known in (("checksum", CHECKSUM_KIND), ("chunk_bytes", CHUNK_BYTES)):
+    kinds = (("checksum", CHECKSUM_KIND), ("digest", CHUNK_DIGEST_KIND), ("chunk_bytes", CHUNK_BYTES))
+    for key, known in kinds:
         if payload.values.get(key) != known:
             raise FormatError(
                 f"{key} is not one this mmsplit reads",
@@ -231,7 +237,7 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
         payload_file=payload.plain_name("file"),
         data_stop=payload.count("data_stop"),
         chunk_count=payload.count("chunk_count"),
-        index_xxh3=payload.xxh3("index_xxh3"),
+        index_sha256=payload.sha256("index_sha256"),
         stored_bytes=fields.count("stored_bytes"),
         layers=tuple(_parse_layer(layer) for layer in fields.each("layers")),
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice, takewhile
 from pathlib import Path
 
+from mmsplit.digests import sha256_of
 from mmsplit.planning import PlannedPartition, iter_stored
 from mmsplit.sidecar.framing import pack_header
 from mmsplit.sidecar.layout import DATA_START, Slot, iter_slots, largest_payload_bytes
@@ -82,7 +82,7 @@ def entry_of(directory: Path, part_id: int) -> PartitionEntry:
     return PartitionEntry(
         part_id=part_id,
         manifest_file=manifest_path.name,
-        manifest_sha256=f"sha256:{hashlib.sha256(data).hexdigest()}",
+        manifest_sha256=sha256_of(data),
         payload_file=payload_path.name,
         payload_bytes=payload_bytes,
         total_params=manifest.total_params,

@@ -47,7 +47,8 @@ from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, Worker
 #: Threads beyond those that encode: while they wait for the disk, the others have work.
 _EXTRA_THREADS: Final = 2
 _SPACE_MARGIN: Final = 1.03
-_MANIFEST_BYTES_PER_TENSOR: Final = 512
+#: In the JSON and in its copy together.
+_MANIFEST_BYTES_PER_TENSOR: Final = 1024
 
 
 class SplitResult(NamedTuple):

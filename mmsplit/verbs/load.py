@@ -22,6 +22,7 @@ from mmsplit.sidecar.manifest import LayerEntry, TensorEntry
 from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files
 from mmsplit.sidecar.set_manifest import SetManifest
 from mmsplit.sidecar.set_reader import (
+    entry_of_file,
     missing_partitions,
     open_partition_of_set,
     read_set_manifest,
@@ -206,7 +207,7 @@ class Partition(Mapping[str, Array]):
                 continue
             view = self._view(entry)
             data = np.empty(entry.size_bytes, np.uint8) if view is None else view
-            if view is None or self._verify:
+            if view is None or self._verify or self._files.is_bound:
                 chunks.append(iter_chunks(entry, data.data, in_place=view is not None))
             arrays[entry.name] = _typed(data, entry)
         self._chunks.load(chain.from_iterable(chunks), mode, verify=self._verify)
@@ -221,10 +222,13 @@ class PartitionSet(Mapping[str, Array]):
     rows lie in several partitions comes as a whole, joined in memory of its own; it is there if all its rows are.
     """
 
-    def __init__(self, root: Path, manifest: SetManifest, *, verify: bool, threads: int | None) -> None:
+    def __init__(
+        self, root: Path, manifest: SetManifest, *, verify: bool, threads: int | None, is_bound: bool = False
+    ) -> None:
         self.path = root
         self.manifest = manifest
         self._verify = verify
+        self._is_bound = is_bound
         self._threads = thread_count(threads)
         self._lock = threading.RLock()
         self._open: dict[int, Partition] = {}
@@ -251,7 +255,7 @@ class PartitionSet(Mapping[str, Array]):
             )
         with self._lock:
             if part_id not in self._open:
-                files = open_partition_of_set(self.path, self.manifest, part_id, "view")
+                files = open_partition_of_set(self.path, self.manifest, part_id, "view", is_bound=self._is_bound)
                 self._open[part_id] = Partition(files, verify=self._verify, threads=self._threads)
             return self._open[part_id]
 
@@ -373,10 +377,14 @@ class PartitionSet(Mapping[str, Array]):
         self.close()
 
 
-def open_partition(path: str | Path, *, verify: bool = True, threads: int | None = None) -> Partition:
+def open_partition(
+    path: str | Path, *, verify: bool = True, root_digest: str | None = None, threads: int | None = None
+) -> Partition:
     """Open one partition by its manifest or payload.
 
-    With `verify` (the default) every tensor's checksum is compared when it is read, also that of a view.
+    With `verify` (the default) every tensor's checksum is compared when it is read, also that of a view.  With
+    `root_digest`, of which the set manifest beside the partition must be, everything is held to its digest, whatever
+    `verify` says, and each chunk before it is decoded; no other partition is needed for that.
     `threads` decode one large tensor together (default: all processors).  Raises `FormatError`, `IntegrityError`.
     """
     resolved = resolve_set_path(Path(path))
@@ -387,14 +395,21 @@ def open_partition(path: str | Path, *, verify: bool = True, threads: int | None
             hint="For example: " + str(resolved.root / "partition_0.json"),
         )
     # Views outlive any call, so the file is mapped plainly: as with every loader, do not truncate it meanwhile.
-    files = open_partition_files(resolved.only, "view")
+    if root_digest is None:
+        files = open_partition_files(resolved.only, "view")
+    else:
+        entry = entry_of_file(read_set_manifest(resolved.root, root_digest), resolved.only)
+        files = open_partition_files(resolved.only, "view", entry, is_bound=True)
     return Partition(files, verify=verify, threads=thread_count(threads))
 
 
-def open_set(path: str | Path, *, verify: bool = True, threads: int | None = None) -> PartitionSet:
+def open_set(
+    path: str | Path, *, verify: bool = True, root_digest: str | None = None, threads: int | None = None
+) -> PartitionSet:
     """Open a partition set by its directory or set manifest; the arguments are those of `open_partition`."""
     root, _ = resolve_set_path(Path(path))
-    return PartitionSet(root, read_set_manifest(root), verify=verify, threads=threads)
+    manifest = read_set_manifest(root, root_digest)
+    return PartitionSet(root, manifest, verify=verify, threads=threads, is_bound=root_digest is not None)
 
 
 def _writable_bytes(buffer: Any, size_bytes: int, tensor: str) -> NDArray[np.uint8]:

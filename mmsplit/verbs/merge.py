@@ -60,6 +60,7 @@ def merge(
     output: str | Path,
     *,
     resume: bool = False,
+    root_digest: str | None = None,
     threads: int | None = None,
     io: IoMode = "auto",
     progress: ProgressCallback | None = None,
@@ -67,7 +68,8 @@ def merge(
     """Write the original shards, weights index and small files of the set at `path` into `output`.
 
     A shard that is there already is refused; with `resume` it is kept if it has the right SHA-256, so that an
-    interrupted merge goes on where it was.  Raises `MissingPartitionError` if a partition is not there,
+    interrupted merge goes on where it was.  With `root_digest` only that very set is merged, and every stored chunk is
+    held to its digest before it is decoded.  Raises `MissingPartitionError` if a partition is not there,
     `IntegrityError` if a chunk or a finished shard is not what the split recorded.
     """
     root, only = resolve_set_path(Path(path))
@@ -75,13 +77,14 @@ def merge(
         raise RequestError("this is one partition; merging takes the whole set", path=path, hint=f"Give {root}.")
     if Path(output).resolve() == root.resolve():
         raise RequestError("output is the directory of the set", path=output, hint="Choose another directory.")
-    manifest = read_set_manifest(root)
+    manifest = read_set_manifest(root, root_digest)
+    is_bound = root_digest is not None
     for entry in manifest.partitions:
         require_partition(root, entry.part_id)
     partitions: list[OpenPartition] = []
     try:
         for entry in manifest.partitions:
-            partitions.append(open_partition_of_set(root, manifest, entry.part_id, io))
+            partitions.append(open_partition_of_set(root, manifest, entry.part_id, io, is_bound=is_bound))
         pieces = _arrange_shards(partitions, manifest)
         with OutputDirectory(Path(output)) as out:
             kept = _keep_finished(out.path, manifest.shards, resume)

@@ -1,4 +1,4 @@
-"""Reads a partition set by mmsplit/sidecar/FORMAT.md alone: no mmsplit, no numpy; standard library, zstandard, xxhash.
+"""Reads a partition set by mmsplit/sidecar/FORMAT.md alone: no mmsplit, no numpy; only zstandard, xxhash and blake3.
 
 It proves that the page is complete, and it shows how little a reader in another language needs.  It checks
 everything it can and keeps all in memory, so it is for small sets.
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import blake3
 import xxhash
 import zstandard
 
@@ -29,8 +30,8 @@ MAX_KEPT_BYTES = 512 << 20
 MAX_MANIFEST_BYTES = 1 << 30
 
 HEADER = struct.Struct("<8sIIII32s32sQ")
-RECORD = struct.Struct("<QIIQQIBBH")
-TRAILER = struct.Struct("<8sQQQQQQQ")
+RECORD = struct.Struct("<QIIQQIBBH32s")
+TRAILER = struct.Struct("<8sQQQQQ")
 PLANE_ENTRY = struct.Struct("<II")
 
 RAW, ZSTD, PLANES = 0, 1, 2
@@ -54,15 +55,14 @@ class Record(NamedTuple):
     codec: int
     layout: int
     reserved: int
+    stored_blake3: bytes
 
 
 class Trailer(NamedTuple):
     """The fields of a trailer between magic and checksum."""
 
     index_offset: int
-    copy_xxh3: int
     manifest_offset: int
-    manifest_stored_bytes: int
     manifest_bytes: int
     manifest_xxh3: int
 
@@ -98,9 +98,10 @@ class PartitionSet(NamedTuple):
     files: dict[str, bytes]
 
 
-def read_set(directory: Path) -> PartitionSet:
-    """Read, verify and decode all of a set and put its shards together again."""
+def read_set(directory: Path, root_digest: str | None = None) -> PartitionSet:
+    """Read, verify and decode all of a set, that of `root_digest` if given, and put its shards together again."""
     manifest = parse_set_manifest((directory / "partition_set.json").read_bytes())
+    require(root_digest in (None, manifest["root_digest"]), "another set")
     files = {}
     for entry in manifest["files"]:
         for part in entry["name"].split("/"):
@@ -143,7 +144,7 @@ def read_partition(text: bytes, payload: bytes) -> Partition:
     start, size = place["data_stop"], RECORD.size * place["chunk_count"]
     require((trailer.index_offset, trailer.manifest_offset) == (start, start + size), "trailer and manifest disagree")
     index = payload[start : start + size]
-    require(xxh3_hex(index) == place["index_xxh3"], "index_xxh3")
+    require(sha256(index) == place["index_sha256"], "index_sha256")
     records = [Record(*fields) for fields in RECORD.iter_unpack(index)]
     check_layers(manifest, records)
     check_padding(manifest, records, payload)
@@ -227,21 +228,19 @@ def parse_trailer(payload: bytes) -> Trailer:
     require(payload[:12] == b"MMSPLIT\0" + struct.pack("<I", FORMAT_VERSION), "magic or format_version")
     block = payload[-TRAILER.size :]
     magic, *fields, checksum = TRAILER.unpack(block)
-    require(magic == b"MMSPLEND" and checksum == xxhash.xxh3_64_intdigest(block[:56]), "trailer")
+    require(magic == b"MMSPLEND" and checksum == xxhash.xxh3_64_intdigest(block[:40]), "trailer")
     trailer = Trailer(*fields)
     require(trailer.index_offset >= DATA_START and trailer.index_offset % SLOT_ALIGNMENT == 0, "index_offset")
     index_bytes = trailer.manifest_offset - trailer.index_offset
     require(index_bytes >= 0 and index_bytes % RECORD.size == 0, "manifest_offset")
-    require(trailer.manifest_offset + trailer.manifest_stored_bytes + TRAILER.size == len(payload), "payload size")
+    require(trailer.manifest_offset + trailer.manifest_bytes + TRAILER.size == len(payload), "payload size")
     return trailer
 
 
 def manifest_copy(payload: bytes, trailer: Trailer) -> bytes:
     """Return the manifest that the payload carries."""
-    frame = payload[trailer.manifest_offset : trailer.manifest_offset + trailer.manifest_stored_bytes]
-    require(xxhash.xxh3_64_intdigest(frame) == trailer.copy_xxh3, "copy_xxh3")
     require(trailer.manifest_bytes <= MAX_MANIFEST_BYTES, "manifest_bytes")
-    text = unzstd(frame, trailer.manifest_bytes)
+    text = payload[trailer.manifest_offset : trailer.manifest_offset + trailer.manifest_bytes]
     require(xxhash.xxh3_64_intdigest(text) == trailer.manifest_xxh3, "manifest_xxh3")
     return text
 
@@ -297,6 +296,7 @@ def read_tensor(entry: dict, number: int, records: list[Record], payload: bytes,
         require(record.stored_offset >= DATA_START and stop <= data_stop, "chunk leaves the payload")
         stored = payload[record.stored_offset : stop]
         require(xxhash.xxh3_64_intdigest(stored) == record.stored_xxh3, "stored_xxh3")
+        require(blake3.blake3(stored).digest() == record.stored_blake3, "stored_blake3")
         chunk = decode_chunk(stored, record)
         require(xxhash.xxh3_64_intdigest(chunk) == record.raw_xxh3, "raw_xxh3")
         raw += chunk
@@ -383,7 +383,8 @@ def parse_manifest(text: bytes) -> dict:
     """Parse a partition manifest and check what can be checked without the payload."""
     manifest = parse_json(text, "mmsplit-partition")
     fields = manifest["payload"]
-    require(fields["checksum"] == "xxh3_64" and fields["chunk_bytes"] == CHUNK_BYTES, "checksum kind or chunk_bytes")
+    require((fields["checksum"], fields["digest"]) == ("xxh3_64", "blake3"), "kind of checksum or digest")
+    require(fields["chunk_bytes"] == CHUNK_BYTES, "chunk_bytes")
     require(0 <= manifest["part_id"] < manifest["num_parts"], "part_id")
     require(fields["file"] == f"partition_{manifest['part_id']}.bin", "payload file")
     require(fields["data_stop"] % SLOT_ALIGNMENT == 0, "data_stop")

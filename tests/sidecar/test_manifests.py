@@ -113,7 +113,7 @@ def _manifests(draw: st.DrawFn) -> Manifest:
         payload_file=payload_name(part_id),
         data_stop=position,
         chunk_count=chunk,
-        index_xxh3=draw(_xxh3),
+        index_sha256=draw(_digest),
         stored_bytes=sum(layer.stored_bytes for layer in layers),
         layers=tuple(layers),
     )
@@ -216,10 +216,11 @@ def _base() -> dict:
     payload = {
         "file": "partition_0.bin",
         "checksum": "xxh3_64",
+        "digest": "blake3",
         "chunk_bytes": 4 << 20,
         "chunk_count": 1,
         "data_stop": 8192,
-        "index_xxh3": "0" * 16,
+        "index_sha256": "sha256:" + "0" * 64,
     }
     return {
         "format": "mmsplit-partition",
@@ -263,7 +264,9 @@ def _change(key: str, value: object) -> Callable[[dict], None]:
         ("layers.0.total_bytes", 4, IntegrityError, "total_bytes of a do not fit"),
         ("layers.0.total_params", 4, IntegrityError, "total_params of a do not fit"),
         ("layers.0.tied_to", 1, IntegrityError, "tied to a partition that is none"),
-        ("payload.index_xxh3", "0" * 15, FormatError, "not a checksum"),
+        ("payload.index_sha256", "sha256:" + "0" * 63, FormatError, "not a digest"),
+        ("payload.digest", "md5", FormatError, "digest is not one this mmsplit reads.*expected blake3"),
+        ("layers.0.tensors.0.xxh3", "0" * 15, FormatError, "not a checksum"),
         ("plan_digest", "md5:" + "0" * 64, FormatError, "not a digest of a kind known here"),
         ("plan_digest", "sha256:" + "A" * 64, FormatError, "not a digest"),
         ("part_id", True, FormatError, "not int"),

@@ -389,7 +389,7 @@ def test_a_partition_of_another_set_is_not_read(made: Path, source: Path, tmp_pa
     mixed = Path(shutil.copytree(made, tmp_path / "mixed"))
     for name in ("partition_1.json", "partition_1.bin"):
         shutil.copyfile(tmp_path / "other" / name, mixed / name)
-    with open_set(mixed) as opened, pytest.raises(IntegrityError, match="not of this set"):
+    with open_set(mixed) as opened, pytest.raises(IntegrityError, match="not the one the set was made with"):
         opened.partition(1)
 
 
