@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from mmsplit.codec import CodecName
 from mmsplit.errors import OfflineError, RequestError
-from mmsplit.planning import By, Plan, TiedMode
+from mmsplit.planning import By, Plan, Rule, SplitBy, TiedMode
 from mmsplit.remote.address import HubAddress, parse_hub_address
 from mmsplit.remote.hub_cache import HubCache
 from mmsplit.remote.remote_file import DEFAULT_CONNECTIONS
@@ -126,6 +126,8 @@ class HubModel:
         weights: Sequence[float | str] | None = None,
         boundaries: Sequence[str] | None = None,
         tied: TiedMode = "duplicate",
+        split_by: SplitBy = "layer",
+        rule: Rule | None = None,
         connections: int = DEFAULT_CONNECTIONS,
     ) -> Plan:
         """Plan the partitions from headers alone; no weight is fetched.  See `mmsplit.plan`."""
@@ -136,6 +138,8 @@ class HubModel:
             weights=weights,
             boundaries=boundaries,
             tied=tied,
+            split_by=split_by,
+            rule=rule,
             hub=self.hub_options(connections=connections),
         )
 
@@ -148,6 +152,8 @@ class HubModel:
         weights: Sequence[float | str] | None = None,
         boundaries: Sequence[str] | None = None,
         tied: TiedMode = "duplicate",
+        split_by: SplitBy = "layer",
+        rule: Rule | None = None,
         only: Collection[int] | None = None,
         codec: CodecName = "planes",
         threads: int | None = None,
@@ -169,6 +175,8 @@ class HubModel:
             weights=weights,
             boundaries=boundaries,
             tied=tied,
+            split_by=split_by,
+            rule=rule,
             only=only,
             codec=codec,
             threads=threads,
@@ -217,6 +225,8 @@ class HubModel:
         weights: Sequence[float | str] | None = None,
         boundaries: Sequence[str] | None = None,
         tied: TiedMode = "duplicate",
+        split_by: SplitBy = "layer",
+        rule: Rule | None = None,
         connections: int = DEFAULT_CONNECTIONS,
     ) -> Plan:
         """Do what `plan` does without blocking the loop.
@@ -224,7 +234,15 @@ class HubModel:
         Cancelled, it ends at once, since nothing is written; requests that are under way end by themselves.
         """
         return await asyncio.to_thread(
-            self.plan, num_parts, by=by, weights=weights, boundaries=boundaries, tied=tied, connections=connections
+            self.plan,
+            num_parts,
+            by=by,
+            weights=weights,
+            boundaries=boundaries,
+            tied=tied,
+            split_by=split_by,
+            rule=rule,
+            connections=connections,
         )
 
     async def split_async(
@@ -236,6 +254,8 @@ class HubModel:
         weights: Sequence[float | str] | None = None,
         boundaries: Sequence[str] | None = None,
         tied: TiedMode = "duplicate",
+        split_by: SplitBy = "layer",
+        rule: Rule | None = None,
         only: Collection[int] | None = None,
         codec: CodecName = "planes",
         threads: int | None = None,
@@ -257,6 +277,8 @@ class HubModel:
                 weights=weights,
                 boundaries=boundaries,
                 tied=tied,
+                split_by=split_by,
+                rule=rule,
                 only=only,
                 codec=codec,
                 threads=threads,
