@@ -94,7 +94,7 @@ def _commands(document: str) -> list[str]:
 
 
 def _furnish(place: Path, workplace: Path, document: str) -> None:
-    """Make a directory with the models, and the TOML files that the document shows with their names."""
+    """Make a directory with the models and keys, and the TOML files that the document shows with their names."""
     place.mkdir()
     for name in ("Llama-3.2-1B", "Mixture-8x8", "signer.pem", "signer.pub"):
         (place / name).symlink_to(workplace / name)

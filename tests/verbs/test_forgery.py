@@ -368,6 +368,29 @@ def test_repair_makes_a_forged_chunk_again(
     assert verify(victim, level="full", root_digest=root_digest).ok
 
 
+def test_rows_in_several_partitions_are_bound_in_each(tmp_path: Path) -> None:
+    """A tensor that is joined from slices: the digest of each is compared, also for those who want no checksums."""
+    golden = Path(__file__).parent.parent / "sidecar" / "golden" / "v1-experts" / "set"
+    root = Path(shutil.copytree(golden, tmp_path / "set"))
+    digest = json.loads((root / SET_MANIFEST_NAME).read_text())["root_digest"]
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert verify(root, level="full", root_digest=digest).ok
+    with open_set(root, root_digest=digest, verify=False) as opened:
+        assert opened[name].shape[0] == 5
+    with open_partition_files(root / "partition_1.json") as partition:
+        (chunk,) = (t.first_chunk for t in partition.tensors if t.name == name)
+        start = partition.encoded(chunk)[0]
+    flip(root / "partition_1.bin", start + 40)
+    with open_set(root, root_digest=digest, verify=False) as opened:
+        for read in (lambda: opened[name], lambda: opened.load()):
+            with pytest.raises(IntegrityError, match=r"not those that the root digest binds"):
+                read()
+    with pytest.raises(IntegrityError, match=r"not those that the root digest binds"):
+        merge(root, tmp_path / "merged", root_digest=digest)
+    assert repair(root, golden, root_digest=digest).ok
+    assert tree(root) == tree(golden)
+
+
 def test_repair_takes_no_forged_chunk_from_a_source(genuine: Path, victim: Path, tmp_path: Path) -> None:
     """Not even where nobody gave it a root: what is written is held to the digest on record."""
     copy = Path(shutil.copytree(genuine, tmp_path / "copy"))
