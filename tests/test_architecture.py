@@ -107,7 +107,7 @@ HOUSE = {
         "set_card",
         "shard_writer",
     ],
-    "merging": ["span", "lane"],
+    "merging": ["span", "lane", "lanes"],
     "splitting": ["partition_run", "slot_jobs", "stored_shards", "same_weights", "split_run"],
     "verbs": ["plan", "split", "verify", "merge", "load", "inspect", "download", "pull", "push"],
     "hub_model": [],

@@ -1,10 +1,10 @@
-"""A shard in spans: its header, then runs of chunks that lie side by side in the shard and in a partition."""
+"""A file in spans: bytes that are in memory, and runs of chunks that lie side by side in the file and in a partition."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import xxhash
 
@@ -14,7 +14,46 @@ from mmsplit.errors import IntegrityError
 from mmsplit.sidecar.layout import CHUNK_BYTES
 from mmsplit.sidecar.manifest import TensorEntry
 from mmsplit.sidecar.partition_reader import OpenPartition
-from mmsplit.sidecar.shard_writer import ShardBlock, ShardWriter
+from mmsplit.sidecar.shard_writer import ShardBlock
+
+
+class BlockSink(Protocol):
+    """Takes the blocks of one file in order, each first to hash it, then to write it; one thread may do each."""
+
+    def hash(self, block: ShardBlock) -> None:
+        """Hash the next block."""
+
+    def write(self, block: ShardBlock) -> None:
+        """Write the next block, which has been hashed; with the last the file is made durable and gets its name."""
+
+
+class Span(Protocol):
+    """At most `CHUNK_BYTES` of the file that `sink` takes."""
+
+    @property
+    def sink(self) -> BlockSink: ...  # noqa: D102
+
+    def borrow(self, scratch: Scratch) -> AbstractContextManager[memoryview]:
+        """Lend the bytes that the span is made from."""
+
+    def fill(self, block: ShardBlock, source: memoryview, decoder: ChunkDecoder) -> None:
+        """Put the span into a block, given what `borrow` lent."""
+
+
+class BytesSpan(NamedTuple):
+    """File bytes from `start` on that are in memory, such as a header."""
+
+    sink: BlockSink
+    start: int
+    data: memoryview
+
+    def borrow(self, scratch: Scratch) -> AbstractContextManager[memoryview]:  # noqa: ARG002
+        """Lend what is there."""
+        return nullcontext(self.data)
+
+    def fill(self, block: ShardBlock, source: memoryview, decoder: ChunkDecoder) -> None:  # noqa: ARG002
+        """Copy it."""
+        block.place(self.start, len(source))[:] = source
 
 
 class StoredChunk(NamedTuple):
@@ -26,56 +65,56 @@ class StoredChunk(NamedTuple):
     raw_bytes: int
 
 
-class Span(NamedTuple):
-    """Shard bytes from `start` on, at most `CHUNK_BYTES`: those of `header`, or those of `chunks`."""
+class StoredSpan(NamedTuple):
+    """File bytes from `start` on that are the raw bytes of `chunks`, neighbours in a partition."""
 
-    shard: ShardWriter
+    sink: BlockSink
     start: int
-    header: memoryview
     chunks: tuple[StoredChunk, ...]
 
-    def borrow(self, scratch: Scratch) -> AbstractContextManager[memoryview]:
-        """Lend the bytes that the span is made from."""
-        return self._borrow_stored(scratch) if self.chunks else nullcontext(self.header)
-
-    def fill(self, block: ShardBlock, stored: memoryview, decoder: ChunkDecoder) -> None:
-        """Put the span into a block, given what `borrow` lent.  Raises `IntegrityError` for a damaged chunk."""
-        out = block.place(self.start, len(self.header) + sum(chunk.raw_bytes for chunk in self.chunks))
-        out[: len(self.header)] = self.header
-        position = 0
-        for chunk in self.chunks:
-            raw = out[position : position + chunk.raw_bytes]
-            start, stop, encoded = chunk.partition.encoded(chunk.number)
-            begin = self.chunks[0].partition.encoded(self.chunks[0].number)[0]
-            with _naming(chunk):
-                decoder.decode(stored[start - begin : stop - begin], encoded, raw)
-                if xxhash.xxh3_64_intdigest(raw) != int(chunk.partition.index[chunk.number]["raw_xxh3"]):
-                    raise IntegrityError("decoded bytes are not those that were split")
-            position += chunk.raw_bytes
-
     @contextmanager
-    def _borrow_stored(self, scratch: Scratch) -> Iterator[memoryview]:
+    def borrow(self, scratch: Scratch) -> Iterator[memoryview]:
+        """Lend the encoded chunks."""
         first, last = self.chunks[0], self.chunks[-1]
         start, stop = first.partition.encoded(first.number)[0], last.partition.encoded(last.number)[1]
         with _naming(first), first.partition.reader.borrow(start, stop, scratch, "direct") as stored:
             yield stored
 
+    def fill(self, block: ShardBlock, source: memoryview, decoder: ChunkDecoder) -> None:
+        """Decode the chunks into a block and compare their checksums.  Raises `IntegrityError` for a damaged one."""
+        out = block.place(self.start, sum(chunk.raw_bytes for chunk in self.chunks))
+        begin = self.chunks[0].partition.encoded(self.chunks[0].number)[0]
+        position = 0
+        for chunk in self.chunks:
+            raw = out[position : position + chunk.raw_bytes]
+            start, stop, encoded = chunk.partition.encoded(chunk.number)
+            with _naming(chunk):
+                decoder.decode(source[start - begin : stop - begin], encoded, raw)
+                if xxhash.xxh3_64_intdigest(raw) != int(chunk.partition.index[chunk.number]["raw_xxh3"]):
+                    raise IntegrityError("decoded bytes are not those that were split")
+            position += chunk.raw_bytes
 
-def iter_spans(shard: ShardWriter, tensors: Sequence[tuple[OpenPartition, TensorEntry]]) -> Iterator[Span]:
-    """Yield the spans of a shard in order, given its tensors in the order of the file, which they cover."""
-    header = memoryview(shard.entry.header.data(shard.entry.name))
-    for start in range(0, len(header), CHUNK_BYTES):
-        yield Span(shard, start, header[start : start + CHUNK_BYTES], ())
-    begin = position = len(header)
+
+def iter_bytes(sink: BlockSink, start: int, data: memoryview) -> Iterator[BytesSpan]:
+    """Yield the spans of bytes that are in memory and lie in the file from `start` on."""
+    for position in range(0, len(data), CHUNK_BYTES):
+        yield BytesSpan(sink, start + position, data[position : position + CHUNK_BYTES])
+
+
+def iter_stored(
+    sink: BlockSink, start: int, tensors: Sequence[tuple[OpenPartition, TensorEntry]]
+) -> Iterator[StoredSpan]:
+    """Yield the spans of tensors that follow each other in the file from `start` on."""
+    begin = position = start
     waiting: list[StoredChunk] = []
     for chunk in _iter_chunks(tensors):
         if waiting and not _joins(chunk, waiting, position - begin):
-            yield Span(shard, begin, memoryview(b""), tuple(waiting))
+            yield StoredSpan(sink, begin, tuple(waiting))
             waiting, begin = [], position
         waiting.append(chunk)
         position += chunk.raw_bytes
     if waiting:
-        yield Span(shard, begin, memoryview(b""), tuple(waiting))
+        yield StoredSpan(sink, begin, tuple(waiting))
 
 
 def _iter_chunks(tensors: Sequence[tuple[OpenPartition, TensorEntry]]) -> Iterator[StoredChunk]:

@@ -53,6 +53,12 @@ def write_whole_file(path: Path, data: bytes) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+    give_name(partial, path)
+
+
+def give_name(partial: Path, path: Path) -> None:
+    """Rename a file that is complete and synced, and make the name durable."""
+    with output_errors(path):
         os.replace(partial, path)
     sync_directory(path.parent)
 

@@ -13,8 +13,8 @@ from typing import Final, NamedTuple
 
 from mmsplit.checkpoint import FileReader, IoMode, LocalStorage, Scratch
 from mmsplit.errors import IntegrityError, OutputError, OutputExistsError, RequestError
-from mmsplit.merging.lane import Lane
-from mmsplit.merging.span import Span, iter_spans
+from mmsplit.merging.lanes import write_files
+from mmsplit.merging.span import Span, iter_bytes, iter_stored
 from mmsplit.sidecar.manifest import TensorEntry
 from mmsplit.sidecar.output_directory import OutputDirectory
 from mmsplit.sidecar.output_files import output_errors, write_whole_file
@@ -23,11 +23,9 @@ from mmsplit.sidecar.set_manifest import SetManifest, ShardEntry
 from mmsplit.sidecar.set_reader import open_partition_of_set, read_set_manifest, resolve_set_path
 from mmsplit.sidecar.shard_writer import ShardWriter, partial_path
 from mmsplit.sidecar.small_files import copy_small_files, read_small_files, require_free_names
-from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup, thread_count
+from mmsplit.workers import ProgressCallback, ProgressCounter, thread_count
 
 _HASH_BYTES: Final = 4 << 20
-#: Threads that decode for one lane: hashing, which is one thread there, keeps no more of them busy.
-_MOST_DECODERS: Final = 4
 
 
 class MergeResult(NamedTuple):
@@ -201,31 +199,17 @@ def _write_shards(
     threads: int,
     progress: ProgressCallback | None,
 ) -> None:
-    if not shards:
-        return
     writers = [ShardWriter(out, shard) for shard in shards]
     counter = ProgressCounter("merge", sum(shard.size_bytes for shard in shards), progress)
-    todo = JobStream(iter(writers))
 
-    def iter_lane() -> Iterator[Span]:
-        while (writer := todo.take()) is not None:
-            yield from iter_spans(writer, pieces[writer.entry.name])
-
-    lane_count = min(len(writers), (threads + 1) // 2)
-    decoders = min(_MOST_DECODERS, -(-threads // lane_count))
-    lanes = [Lane(iter_lane(), decoders, counter) for _ in range(lane_count)]
-
-    def cancel() -> None:
-        for lane in lanes:
-            lane.cancel()
+    def iter_shard(writer: ShardWriter) -> Iterator[Span]:
+        header = writer.entry.header.data(writer.entry.name)
+        yield from iter_bytes(writer, 0, memoryview(header))
+        yield from iter_stored(writer, len(header), pieces[writer.entry.name])
 
     try:
-        with WorkerGroup(cancel) as group:
-            for lane in lanes:
-                lane.start(group)
+        write_files(writers, iter_shard, threads, counter)
     finally:
-        for lane in lanes:
-            lane.close()
         for writer in writers:
             writer.close()
     for writer in writers:
