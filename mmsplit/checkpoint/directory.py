@@ -35,8 +35,11 @@ MAX_SMALL_FILE_BYTES: Final = 64 << 20
 MAX_SMALL_FILES: Final = 10_000
 _MAX_INDEX_BYTES: Final = 512 << 20
 _NUMBERED: Final = re.compile(r"^(?P<family>.+)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})\.safetensors$", re.ASCII)
-#: Partition sets may live beside the checkpoint they came from; they are never part of it.
-_PARTITION_FILE: Final = re.compile(r"^(partition_(\d+|set)\.(json|bin)(\..*)?|unfinished_split\.json)$", re.ASCII)
+#: Partition sets may live beside the checkpoint they came from, and what was exported has a record of it; neither is
+#: part of a checkpoint.
+_MMSPLIT_FILE: Final = re.compile(
+    r"^(partition_(\d+|set)\.(json|bin)(\..*)?|unfinished_split\.json|mmsplit_export\.json)$", re.ASCII
+)
 _DOWNLOAD_HINT: Final = "Download the missing shards, then run again."
 
 
@@ -135,7 +138,7 @@ def _choose(storage: Storage) -> CheckpointFiles:
 
 
 def _no_weights(storage: Storage, names: list[str]) -> CheckpointError:
-    partitions = [name for name in names if _PARTITION_FILE.match(name)]
+    partitions = [name for name in names if _MMSPLIT_FILE.match(name)]
     if partitions:
         return CheckpointError(
             "this directory holds partitions, not a checkpoint",
@@ -172,7 +175,7 @@ def _read_index(storage: Storage, name: str) -> tuple[bytes, dict[str, str]]:
 
 
 def _without_index(storage: Storage, shards: list[str], notes: list[str], *, deep: bool = True) -> CheckpointFiles:
-    return CheckpointFiles(storage, tuple(shards), None, b"", None, *_small_files(storage, notes, deep=deep))
+    return CheckpointFiles(storage, tuple(shards), None, b"", None, *find_small_files(storage, notes, deep=deep))
 
 
 def _from_index(storage: Storage, index_name: str) -> CheckpointFiles:
@@ -192,7 +195,7 @@ def _from_index(storage: Storage, index_name: str) -> CheckpointFiles:
     notes = _note_left([name for name in left if _family(name) != family], f"beside {family!r}")
     if stray:
         notes.append(f"{len(stray)} file(s) named like shards are not in {index_name}: {', '.join(stray[:3])}")
-    return CheckpointFiles(storage, tuple(shards), index_name, data, weight_map, *_small_files(storage, notes))
+    return CheckpointFiles(storage, tuple(shards), index_name, data, weight_map, *find_small_files(storage, notes))
 
 
 def _require_numbered_siblings(storage: Storage, members: list[str]) -> None:
@@ -215,10 +218,10 @@ def _require_numbered_siblings(storage: Storage, members: list[str]) -> None:
                 )
 
 
-def _small_files(
+def find_small_files(
     storage: Storage, notes: list[str] | None = None, *, deep: bool = True
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names, relative with `/`, of the files that make the model usable, and notes on what is left behind.
+    """Return names, relative with `/`, of the files that make the model usable, and notes on what is left behind.
 
     Not `deep`, subfolders are left out: a shard named alone may lie in any folder, say a home directory.
     """
@@ -250,12 +253,12 @@ def _walk(storage: Storage, deep: bool, notes: list[str]) -> Iterator[tuple[str,
         suffix = path.suffix.lower()
         if suffix == SUFFIX and len(path.parts) > 1:
             shards_below.append(relative)
-        elif suffix in WEIGHT_SUFFIXES and suffix != SUFFIX and not _PARTITION_FILE.match(path.name):
+        elif suffix in WEIGHT_SUFFIXES and suffix != SUFFIX and not _MMSPLIT_FILE.match(path.name):
             other_weights.append(relative)
         if (
             suffix not in WEIGHT_SUFFIXES | _DEBRIS_SUFFIXES
             and not path.name.endswith(INDEX_SUFFIX)
-            and not _PARTITION_FILE.match(path.name)
+            and not _MMSPLIT_FILE.match(path.name)
             and size is not None
         ):
             yield relative, size

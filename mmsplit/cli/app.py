@@ -17,6 +17,7 @@ _COMMANDS: Final = {
     "split": "Split a checkpoint into a partition set.",
     "verify": "Find every byte of a set that is not as it was written.",
     "merge": "Merge a set into the original checkpoint, byte for byte.",
+    "export": "Write partitions, or a model, as safetensors for any loader, or as JSON.",
     "pull": "Get a published set, or some of its partitions, verified on arrival.",
     "push": "Publish a set on the Hub, with a page that says what it is.",
     "bench": "Measure this machine, and say what limits it.",

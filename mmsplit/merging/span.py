@@ -1,4 +1,4 @@
-"""A file in spans: bytes that are in memory, and runs of chunks that lie side by side in the file and in a partition."""
+"""A file in spans: bytes in memory, and runs of chunks that lie side by side in the file and in a partition."""
 
 from __future__ import annotations
 

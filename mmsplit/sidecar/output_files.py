@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Final
 
 from mmsplit import durable
+from mmsplit.checkpoint import FileReader, Scratch
 from mmsplit.errors import NoSpaceError, OutputError
 
 #: A file under construction is called NAME + this.
 PARTIAL_SUFFIX: Final = ".partial"
+_HASH_BYTES: Final = 4 << 20
 
 
 @contextmanager
@@ -61,6 +64,21 @@ def give_name(partial: Path, path: Path) -> None:
     with output_errors(path):
         os.replace(partial, path)
     sync_directory(path.parent)
+
+
+def sha256_of(data: bytes) -> str:
+    """Return the digest of bytes: `sha256:` and 64 hex digits."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the digest of a file in the output."""
+    digest, scratch = hashlib.sha256(), Scratch()
+    with output_errors(path), FileReader(path) as reader:
+        for start in range(0, reader.size_bytes, _HASH_BYTES):
+            with reader.borrow(start, min(start + _HASH_BYTES, reader.size_bytes), scratch) as view:
+                digest.update(view)
+    return f"sha256:{digest.hexdigest()}"
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Final
 
 from mmsplit.checkpoint import Storage
 from mmsplit.errors import CheckpointError, IntegrityError, OutputExistsError, SourceChangedError
-from mmsplit.sidecar.output_files import output_errors, write_whole_file
+from mmsplit.sidecar.output_files import output_errors, sha256_of, write_whole_file
 from mmsplit.sidecar.set_manifest import FileEntry
 
 _COPY_HINT: Final = "Copy it again from where the set came from."
@@ -32,7 +31,7 @@ def read_small_files(
                 raise
             # A file that a checkpoint lacks is the checkpoint's fault; one that a set lacks is damage.
             raise IntegrityError(error.what, path=error.path, hint=_COPY_HINT) from error
-        entry = FileEntry(name, len(data), _sha256(data))
+        entry = FileEntry(name, len(data), sha256_of(data))
         if expected is not None and expected[name] != entry.sha256:
             raise IntegrityError(
                 "file of the model is not as it was written",
@@ -56,7 +55,7 @@ def require_free_names(target: Path, entries: Sequence[FileEntry], ours: Mapping
         if not os.path.lexists(place):
             continue
         with output_errors(place):
-            found = _sha256(place.read_bytes()) if place.is_file() else None
+            found = sha256_of(place.read_bytes()) if place.is_file() else None
         if found is None or found not in ((entry.sha256,) if ours is None else ours.get(entry.name, ())):
             raise OutputExistsError(
                 "a file that mmsplit did not write has the name of one that belongs to the model",
@@ -70,7 +69,7 @@ def copy_small_files(source: Storage, entries: Sequence[FileEntry], target: Path
     for entry in entries:
         place = target / entry.name
         data = source.read_file(entry.name)
-        if _sha256(data) != entry.sha256:
+        if sha256_of(data) != entry.sha256:
             raise SourceChangedError(
                 "file of the model changed while it was read", path=source.location_of(entry.name), hint="Run again."
             )
@@ -79,7 +78,3 @@ def copy_small_files(source: Storage, entries: Sequence[FileEntry], target: Path
                 continue
             place.parent.mkdir(parents=True, exist_ok=True)
         write_whole_file(place, data)
-
-
-def _sha256(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"

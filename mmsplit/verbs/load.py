@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mmsplit.checkpoint.file_reader import ReadMode
 from mmsplit.codec import RAW
-from mmsplit.dtypes import DTYPES
+from mmsplit.dtypes import numpy_dtype
 from mmsplit.errors import MissingPartitionError, RequestError
 from mmsplit.sidecar.chunk_loader import Chunk, ChunkLoader, iter_chunks
 from mmsplit.sidecar.manifest import LayerEntry, TensorEntry
@@ -371,12 +371,5 @@ def _writable_bytes(buffer: Any, size_bytes: int, tensor: str) -> NDArray[np.uin
 
 
 def _typed(data: NDArray[np.uint8], entry: TensorEntry) -> Array:
-    known = DTYPES.get(entry.dtype)
-    if known is None or known.numpy_name is None:
-        return data
-    dtype = getattr(np, known.numpy_name, None) if known.numpy_name != "bool" else np.bool_
-    if dtype is None:
-        import ml_dtypes
-
-        dtype = getattr(ml_dtypes, known.numpy_name)
-    return data.view(dtype).reshape(entry.shape)
+    dtype = numpy_dtype(entry.dtype)
+    return data if dtype is None else data.view(dtype).reshape(entry.shape)

@@ -6,26 +6,23 @@ Whoever does not trust the disk reads the shards once more, with `sha256sum` or 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from mmsplit.checkpoint import FileReader, IoMode, LocalStorage, Scratch
+from mmsplit.checkpoint import IoMode, LocalStorage
 from mmsplit.errors import IntegrityError, OutputError, OutputExistsError, RequestError
 from mmsplit.merging.lanes import write_files
 from mmsplit.merging.span import Span, iter_bytes, iter_stored
 from mmsplit.sidecar.manifest import TensorEntry
 from mmsplit.sidecar.output_directory import OutputDirectory
-from mmsplit.sidecar.output_files import output_errors, write_whole_file
+from mmsplit.sidecar.output_files import output_errors, sha256_of_file, write_whole_file
 from mmsplit.sidecar.partition_reader import OpenPartition, require_partition
 from mmsplit.sidecar.set_manifest import SetManifest, ShardEntry
 from mmsplit.sidecar.set_reader import open_partition_of_set, read_set_manifest, resolve_set_path
 from mmsplit.sidecar.shard_writer import ShardWriter, partial_path
 from mmsplit.sidecar.small_files import copy_small_files, read_small_files, require_free_names
 from mmsplit.workers import ProgressCallback, ProgressCounter, thread_count
-
-_HASH_BYTES: Final = 4 << 20
 
 
 class MergeResult(NamedTuple):
@@ -157,7 +154,7 @@ def _keep_finished(out: Path, shards: Sequence[ShardEntry], resume: bool) -> lis
                 path=path,
                 hint="Remove it, or choose another directory.",
             )
-        found = "" if path.stat().st_size != shard.size_bytes else _sha256_of(path)
+        found = "" if path.stat().st_size != shard.size_bytes else sha256_of_file(path)
         if found != shard.sha256:
             raise OutputExistsError(
                 "another file has the name of a shard",
@@ -181,15 +178,6 @@ def _require_no_other_index(out: Path, manifest: SetManifest) -> None:
                 path=out / name,
                 hint="Move it away, or choose another directory.",
             )
-
-
-def _sha256_of(path: Path) -> str:
-    digest, scratch = hashlib.sha256(), Scratch()
-    with output_errors(path), FileReader(path) as reader:
-        for start in range(0, reader.size_bytes, _HASH_BYTES):
-            with reader.borrow(start, min(start + _HASH_BYTES, reader.size_bytes), scratch) as view:
-                digest.update(view)
-    return f"sha256:{digest.hexdigest()}"
 
 
 def _write_shards(

@@ -1,0 +1,149 @@
+"""Tensors of a partition set, or of single partitions: decoded, each chunk held to its checksum."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+import xxhash
+
+from mmsplit.checkpoint import IoMode, LocalStorage, Scratch
+from mmsplit.checkpoint.directory import find_small_files
+from mmsplit.codec import ChunkDecoder
+from mmsplit.errors import IntegrityError, RequestError
+from mmsplit.exporting.tensor import ExportTensor, partition_of
+from mmsplit.merging.span import BlockSink, StoredSpan, iter_stored
+from mmsplit.planning import sorted_part_ids
+from mmsplit.sidecar.manifest import TensorEntry, manifest_name
+from mmsplit.sidecar.output_files import sha256_of_file
+from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files
+from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest
+from mmsplit.sidecar.set_reader import open_partition_of_set, read_set_manifest, resolve_set_path
+from mmsplit.sidecar.shard_writer import ShardBlock
+
+_PARTITION: Final = re.compile(r"^partition_(?:set\.json|\d+\.(?:json|bin))$", re.ASCII)
+
+
+def holds_partitions(path: Path) -> bool:
+    """Whether a path is a partition set's directory, its set manifest or a partition, rather than a checkpoint."""
+    if path.is_dir():
+        return (path / SET_MANIFEST_NAME).exists() or any(
+            _PARTITION.match(found.name) for found in path.glob("partition_*.json")
+        )
+    return path.exists() and _PARTITION.match(path.name) is not None
+
+
+class SetSource:
+    """Partitions of this machine, open; see `ExportSource`."""
+
+    most_lanes = None
+
+    def __init__(self, path: Path, part_ids: Collection[int] | None, io: IoMode) -> None:
+        """Open the partitions asked for, all of the set for None.
+
+        Without a set manifest single partitions will do, if it is said which.  Raises `FormatError`, `IntegrityError`,
+        `MissingPartitionError`, or `RequestError` for a partition that there is not.
+        """
+        root, only = resolve_set_path(path)
+        manifest = None
+        if (root / SET_MANIFEST_NAME).exists() or (only is None and part_ids is None):
+            manifest = read_set_manifest(root)
+        with ExitStack() as stack:
+            opened = _open_partitions(root, manifest, _wanted(only, part_ids, manifest), io, stack)
+            self._close = stack.pop_all().close
+        first = opened[0].manifest
+        self.directory = root
+        self.storage = LocalStorage(root)
+        self.model_id, self.revision = first.model_id, first.revision
+        self.num_parts, self.plan_digest = first.num_parts, first.plan_digest
+        self.partitions = tuple(partition_of(part.manifest.part_id, part.manifest.layers) for part in opened)
+        self.identity = {"partitions": [sha256_of_file(part.path) for part in opened]}
+        self.notes: tuple[str, ...] = ()
+        self.small_files: dict[str, str | None]
+        if manifest is not None:
+            self.small_files = {entry.name: entry.sha256 for entry in manifest.files}
+        else:
+            names, _ = find_small_files(self.storage, deep=False)
+            self.small_files = dict.fromkeys(names)
+            self.notes = ("no set manifest here: the files beside the partitions are taken for those of the model",)
+        self._places = {
+            (part.manifest.part_id, tensor.name): (part, tensor) for part in opened for tensor in part.tensors
+        }
+
+    def iter_spans(self, sink: BlockSink, start: int, tensors: Sequence[ExportTensor]) -> Iterator[StoredSpan]:
+        """Yield the spans of tensors that follow each other in the file from `start` on."""
+        return iter_stored(sink, start, [self._place(tensor) for tensor in tensors])
+
+    def read_beginning(self, tensor: ExportTensor, size_bytes: int) -> bytes:
+        """Decode the first chunk of a tensor."""
+        part, entry = self._place(tensor)
+        if entry.chunk_count == 0:
+            return b""
+        start, stop, encoded = part.encoded(entry.first_chunk)
+        record = part.index[entry.first_chunk]
+        block = ShardBlock(int(record["raw_bytes"]))
+        raw = block.place(0, int(record["raw_bytes"]))
+        with part.reader.borrow(start, stop, Scratch()) as stored:
+            ChunkDecoder().decode(stored, encoded, raw)
+        if xxhash.xxh3_64_intdigest(raw) != int(record["raw_xxh3"]):
+            raise IntegrityError(
+                "decoded bytes are not those that were split", path=part.reader.path, tensor=tensor.name, offset=start
+            )
+        return bytes(raw[:size_bytes])
+
+    def require_unchanged(self) -> None:
+        """Every chunk has its checksum."""
+
+    def cancel(self) -> None:
+        """Nobody waits here for longer than a disk takes."""
+
+    def close(self) -> None:
+        """Close the partitions."""
+        self._close()
+
+    def _place(self, tensor: ExportTensor) -> tuple[OpenPartition, TensorEntry]:
+        return self._places[tensor.part_id, tensor.name]
+
+
+def _wanted(
+    only: Path | None, part_ids: Collection[int] | None, manifest: SetManifest | None
+) -> tuple[Path | int, ...]:
+    """Return the partitions to open: their numbers, or the one path that was named."""
+    if only is not None and part_ids is not None:
+        raise RequestError(
+            "this is one partition, and needs no number", path=only, hint=f"Give {only.parent} to choose by number."
+        )
+    if only is not None:
+        return (only,)
+    if manifest is not None:
+        count = len(manifest.partitions)
+        return tuple(range(count)) if part_ids is None else sorted_part_ids(part_ids, count)
+    # How many there are is in each of them.
+    return sorted_part_ids(part_ids or (), 2**32)
+
+
+def _open_partitions(
+    root: Path, manifest: SetManifest | None, wanted: Sequence[Path | int], io: IoMode, stack: ExitStack
+) -> list[OpenPartition]:
+    opened: list[OpenPartition] = []
+    for which in wanted:
+        if manifest is None or isinstance(which, Path):
+            path = which if isinstance(which, Path) else root / manifest_name(which)
+            part = stack.enter_context(open_partition_files(path, io))
+            if manifest is not None:  # named by its path: held to the set that it lies in
+                part = stack.enter_context(open_partition_of_set(root, manifest, part.manifest.part_id, io))
+        else:
+            part = stack.enter_context(open_partition_of_set(root, manifest, which, io))
+        if opened and part.manifest.plan_digest != opened[0].manifest.plan_digest:
+            raise IntegrityError(
+                "partitions are not of one plan",
+                path=part.path,
+                expected=opened[0].manifest.plan_digest,
+                found=part.manifest.plan_digest,
+                hint="Export them one by one.",
+            )
+        opened.append(part)
+    return opened
