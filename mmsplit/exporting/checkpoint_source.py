@@ -50,7 +50,13 @@ class CheckpointSource:
         self.storage = checkpoint.storage
         self.model_id, self.revision = checkpoint.model_id, checkpoint.revision
         self.num_parts, self.plan_digest = plan.num_parts, plan.digest
-        self.identity = {"shards": [[shard.name, *shard.identity] for shard in checkpoint.shards]}
+        # Ranges of the Hub and the same shard in its cache are one source: their content is published.
+        self.identity = {
+            "shards": [
+                [shard.name, checkpoint.published_sha256(shard.name) or list(shard.identity)]
+                for shard in checkpoint.shards
+            ]
+        }
         self.small_files: dict[str, str | None] = dict.fromkeys(checkpoint.small_files)
         self.notes = plan.notes
         # What comes over a network comes in one order.

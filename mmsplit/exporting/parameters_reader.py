@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,7 @@ _BLOCK_BYTES: Final = 1 << 20
 #: Text of a value other than the numbers of a layer: a name, a shape, what another program added.
 _MOST_VALUE_CHARACTERS: Final = 1 << 20
 _MOST_LAYERS: Final = 1 << 22
-_SPACE: Final = " \t\n\r"
+_SPACE: Final = re.compile(r"[ \t\n\r]+")
 _HINT: Final = "Give a file that mmsplit export --to json wrote, or the original system's."
 
 
@@ -84,7 +85,9 @@ def _layer(scanner: _Scanner) -> ExportedLayer:
     if name is None or layer_type is None or shape is None or parameters is None:
         scanner.fail("a layer lacks name, layer_type, shape or parameters")
     if _product(shape) != len(parameters):
-        scanner.fail(f"layer {name[:200]!r} has {len(parameters):,} parameters, which its shape {shape} does not fit")
+        scanner.fail(
+            f"layer {name[:200]!r} has {len(parameters):,} parameters, which its shape {str(shape)[:80]} does not fit"
+        )
     return ExportedLayer(name, layer_type, shape, parameters)
 
 
@@ -114,7 +117,8 @@ class _Scanner:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._text = ""
-        self._offset = 0  # of `_text` in the file, in bytes
+        self._place = 0  # in `_text`: everything before it has been taken
+        self._offset = 0  # of that place in the file, in bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         try:
             self._file: BinaryIO = path.open("rb")
@@ -199,14 +203,14 @@ class _Scanner:
         self._peek()
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text)
-                # A number at the end of the text may go on in the next block.
-                if end < len(self._text) or not self._read():
+                value, end = _DECODER.raw_decode(self._text, self._place)
+                # A number at the end of the text may go on in the next block, with ".5" or "e+5".
+                if end + 3 <= len(self._text) or not self._read():
                     break
             except (ValueError, RecursionError) as error:
-                if len(self._text) > _MOST_VALUE_CHARACTERS or not self._read():
+                if len(self._text) - self._place > _MOST_VALUE_CHARACTERS or not self._read():
                     self.fail(f"not JSON: {error}")
-        self._drop(end)
+        self._drop(end - self._place)
         found: object = value
         return found
 
@@ -217,17 +221,17 @@ class _Scanner:
 
     def _numbers_text(self) -> tuple[str, bool]:
         """Take numbers with commas between, up to the end of the list or about a block; whether it was the end."""
-        if len(self._text) < _BLOCK_BYTES:
-            self._read()
-        stop = self._text.find("]")
-        closed = stop >= 0
-        if not closed:
-            stop = self._text.rfind(",")
-            if stop < 0:
+        while True:
+            stop = self._text.find("]", self._place)
+            closed = stop >= 0
+            if not closed:
+                stop = self._text.rfind(",", self._place)
+            if stop >= 0:
+                text = self._text[self._place : stop]
+                self._drop(len(text) + 1)
+                return text, closed
+            if len(self._text) - self._place > _MOST_VALUE_CHARACTERS or not self._read():
                 self.fail("expected a list of numbers")
-        text = self._text[:stop]
-        self._drop(stop + 1)
-        return text, closed
 
     def _numbers(self, text: str) -> NDArray[np.float32]:
         try:
@@ -254,14 +258,14 @@ class _Scanner:
     def _peek(self) -> str:
         """Return the next byte that is not white space, having dropped what is before it; nothing at the end."""
         while True:
-            stripped = self._text.lstrip(_SPACE)
-            self._drop(len(self._text) - len(stripped))
-            if self._text or not self._read():
-                return self._text[:1]
+            space = _SPACE.match(self._text, self._place)
+            self._drop(0 if space is None else len(space[0]))
+            if self._place < len(self._text) or not self._read():
+                return self._text[self._place : self._place + 1]
 
     def _drop(self, count: int) -> None:
-        self._offset += len(self._text[:count].encode())
-        self._text = self._text[count:]
+        self._offset += len(self._text[self._place : self._place + count].encode())
+        self._place += count
 
     def _read(self) -> bool:
         try:
@@ -269,7 +273,9 @@ class _Scanner:
         except OSError as error:
             raise FormatError(f"cannot read: {error.strerror}", path=self._path, offset=self._offset) from error
         try:
-            self._text += self._decoder.decode(block, final=not block)
+            more = self._decoder.decode(block, final=not block)
         except UnicodeDecodeError:
             self.fail("text is not UTF-8")
+        if block:
+            self._text, self._place = self._text[self._place :] + more, 0
         return bool(block)

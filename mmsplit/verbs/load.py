@@ -15,6 +15,8 @@ from mmsplit.checkpoint.file_reader import ReadMode
 from mmsplit.codec import RAW
 from mmsplit.dtypes import numpy_dtype
 from mmsplit.errors import MissingPartitionError, RequestError
+from mmsplit.exporting.float32 import as_float32
+from mmsplit.exporting.parameters_json import ExportedLayer, ExportedPartition
 from mmsplit.sidecar.chunk_loader import Chunk, ChunkLoader, iter_chunks
 from mmsplit.sidecar.manifest import LayerEntry, TensorEntry
 from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files
@@ -28,6 +30,30 @@ from mmsplit.sidecar.set_reader import (
 from mmsplit.workers import thread_count
 
 Array = NDArray[Any]
+
+
+class PartitionLayer(LayerEntry):
+    """A layer's entry that can read itself: beside what the manifest says it has `shape` and `parameters`."""
+
+    _partition: Partition
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the layer's tensor; of a layer with several, that of `parameters`."""
+        if len(self.tensors) == 1:
+            return self.tensors[0].shape
+        return (sum(tensor.params for tensor in self.tensors),)
+
+    @property
+    def parameters(self) -> NDArray[np.float32]:
+        """All numbers of the layer as float32, flat, tensor after tensor; read anew each time.
+
+        Raises `RequestError` for a dtype that has no float32 form, `MissingPartitionError` for a layer that only refers
+        to another partition.
+        """
+        arrays = self._partition.layer(self.name)
+        flat = [_float32(arrays[tensor.name], tensor) for tensor in self.tensors]
+        return np.concatenate(flat) if flat else np.empty(0, np.float32)
 
 
 class Partition(Mapping[str, Array]):
@@ -71,9 +97,9 @@ class Partition(Mapping[str, Array]):
         return self._files.manifest.model_id
 
     @property
-    def layers(self) -> tuple[LayerEntry, ...]:
-        """The layers in forward order, with their tensors' entries."""
-        return self._files.manifest.layers
+    def layers(self) -> tuple[PartitionLayer, ...]:
+        """The layers in forward order, with their tensors' entries; each can read itself."""
+        return tuple(map(self._layer, self._files.manifest.layers))
 
     @property
     def total_params(self) -> int:
@@ -93,7 +119,7 @@ class Partition(Mapping[str, Array]):
         entry = self._entries.get(self._aliases.get(name, name))
         if entry is not None:
             return entry
-        for layer in self.layers:
+        for layer in self._files.manifest.layers:
             if name in (layer.alias, layer.tensors[0].name if layer.alias else None):
                 raise MissingPartitionError(
                     f"not stored here: it is {layer.tensors[0].name} of partition {layer.tied_to}",
@@ -142,7 +168,7 @@ class Partition(Mapping[str, Array]):
 
     def layer(self, name: str) -> dict[str, Array]:
         """Return the tensors of one layer; a layer that only refers to another partition raises."""
-        for layer in self.layers:
+        for layer in self._files.manifest.layers:
             if layer.name == name:
                 if not layer.stored and layer.tied_to != self.part_id:
                     raise MissingPartitionError(
@@ -153,7 +179,19 @@ class Partition(Mapping[str, Array]):
                 return self._read([self.entry(tensor.name) for tensor in layer.tensors], "cached")
         raise KeyError(name)
 
-    def iter_layers(self) -> Iterator[tuple[LayerEntry, dict[str, Array]]]:
+    def exported(self) -> ExportedPartition:
+        """Return what `load_partition_json` gives for this partition's JSON: one float32 entry per stored tensor.
+
+        Takes 4 bytes a parameter.  Raises `RequestError` for a dtype that has no float32 form.
+        """
+        layers = tuple(
+            ExportedLayer(tensor.name, layer.layer_type, tensor.shape, _float32(arrays[tensor.name], tensor))
+            for layer, arrays in self.iter_layers()
+            for tensor in layer.tensors
+        )
+        return ExportedPartition(self.part_id, layers, self.total_params)
+
+    def iter_layers(self) -> Iterator[tuple[PartitionLayer, dict[str, Array]]]:
         """Yield each stored layer with its tensors, in forward order; only one layer is in memory at a time."""
         for layer in self.layers:
             if layer.stored:
@@ -171,6 +209,11 @@ class Partition(Mapping[str, Array]):
 
     def __repr__(self) -> str:
         return f"<Partition {self.part_id} of {self.num_parts} of {self.model_id}: {len(self)} tensors>"
+
+    def _layer(self, entry: LayerEntry) -> PartitionLayer:
+        layer = PartitionLayer(*entry)
+        layer._partition = self
+        return layer
 
     def _view(self, entry: TensorEntry) -> NDArray[np.uint8] | None:
         """Return a tensor's bytes where they lie, if they lie there raw and in one piece."""
@@ -344,6 +387,10 @@ def open_set(path: str | Path, *, verify: bool = True, threads: int | None = Non
     """Open a partition set by its directory or set manifest; the arguments are those of `open_partition`."""
     root, _ = resolve_set_path(Path(path))
     return PartitionSet(root, read_set_manifest(root), verify=verify, threads=threads)
+
+
+def _float32(array: Array, entry: TensorEntry) -> NDArray[np.float32]:
+    return as_float32(array.reshape(-1).view(np.uint8), entry.name, entry.dtype).numbers
 
 
 def _writable_bytes(buffer: Any, size_bytes: int, tensor: str) -> NDArray[np.uint8]:
