@@ -109,7 +109,7 @@ class JsonForm:
 
     name = "json"
     takes_small_files = False
-    layout = "1"
+    layout = "one entry per tensor"
     index = None
 
     def __init__(self, source: ExportSource) -> None:

@@ -149,6 +149,8 @@ class ExportRun:
         if there is None:
             return
         names = sorted((name for name in there.files if name not in kept), key=lambda name: name.endswith(SUFFIX))
+        # A part of a file that this export has, too, is written over.
+        names += [name + PARTIAL_SUFFIX for name in there.files if name not in record.files]
         digests = _digests(there.small_files)
         with output_errors(self._out.path):
             for name in there.small_files.keys() - record.small_files.keys():

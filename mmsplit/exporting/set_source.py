@@ -8,21 +8,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-import xxhash
-
-from mmsplit.checkpoint import IoMode, LocalStorage, Scratch
+from mmsplit.checkpoint import IoMode, LocalStorage, Scratch, aligned_buffer
 from mmsplit.checkpoint.directory import find_small_files
 from mmsplit.codec import ChunkDecoder
 from mmsplit.errors import IntegrityError, RequestError
 from mmsplit.exporting.tensor import ExportTensor, partition_of
-from mmsplit.merging.span import BlockSink, StoredSpan, iter_stored
+from mmsplit.merging.span import BlockSink, StoredSpan, iter_chunks, iter_stored
 from mmsplit.planning import sorted_part_ids
 from mmsplit.sidecar.manifest import TensorEntry, manifest_name
 from mmsplit.sidecar.output_files import sha256_of_file
-from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files
+from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files, require_partition
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest
 from mmsplit.sidecar.set_reader import open_partition_of_set, read_set_manifest, resolve_set_path
-from mmsplit.sidecar.shard_writer import ShardBlock
 
 _PARTITION: Final = re.compile(r"^partition_(?:set\.json|\d+\.(?:json|bin))$", re.ASCII)
 
@@ -79,19 +76,13 @@ class SetSource:
 
     def read_beginning(self, tensor: ExportTensor, size_bytes: int) -> bytes:
         """Decode the first chunk of a tensor."""
-        part, entry = self._place(tensor)
-        if entry.chunk_count == 0:
+        chunk = next(iter_chunks([self._place(tensor)]), None)
+        if chunk is None:
             return b""
-        start, stop, encoded = part.encoded(entry.first_chunk)
-        record = part.index[entry.first_chunk]
-        block = ShardBlock(int(record["raw_bytes"]))
-        raw = block.place(0, int(record["raw_bytes"]))
-        with part.reader.borrow(start, stop, Scratch()) as stored:
-            ChunkDecoder().decode(stored, encoded, raw)
-        if xxhash.xxh3_64_intdigest(raw) != int(record["raw_xxh3"]):
-            raise IntegrityError(
-                "decoded bytes are not those that were split", path=part.reader.path, tensor=tensor.name, offset=start
-            )
+        start, stop, _ = chunk.partition.encoded(chunk.number)
+        raw = aligned_buffer(chunk.raw_bytes)[: chunk.raw_bytes]
+        with chunk.partition.reader.borrow(start, stop, Scratch()) as stored:
+            chunk.decode(stored, raw, ChunkDecoder())
         return bytes(raw[:size_bytes])
 
     def require_unchanged(self) -> None:
@@ -131,6 +122,8 @@ def _open_partitions(
     opened: list[OpenPartition] = []
     for which in wanted:
         if manifest is None or isinstance(which, Path):
+            if not isinstance(which, Path):
+                require_partition(root, which)
             path = which if isinstance(which, Path) else root / manifest_name(which)
             part = stack.enter_context(open_partition_files(path, io))
             if manifest is not None:  # named by its path: held to the set that it lies in

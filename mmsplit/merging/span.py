@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, Protocol
 
@@ -64,6 +64,13 @@ class StoredChunk(NamedTuple):
     number: int
     raw_bytes: int
 
+    def decode(self, stored: memoryview, out: memoryview, decoder: ChunkDecoder) -> None:
+        """Decode the chunk into `out` and compare its checksum.  Raises `IntegrityError` if it is damaged."""
+        with _naming(self):
+            decoder.decode(stored, self.partition.encoded(self.number)[2], out)
+            if xxhash.xxh3_64_intdigest(out) != int(self.partition.index[self.number]["raw_xxh3"]):
+                raise IntegrityError("decoded bytes are not those that were split")
+
 
 class StoredSpan(NamedTuple):
     """File bytes from `start` on that are the raw bytes of `chunks`, neighbours in a partition."""
@@ -86,12 +93,10 @@ class StoredSpan(NamedTuple):
         begin = self.chunks[0].partition.encoded(self.chunks[0].number)[0]
         position = 0
         for chunk in self.chunks:
-            raw = out[position : position + chunk.raw_bytes]
-            start, stop, encoded = chunk.partition.encoded(chunk.number)
-            with _naming(chunk):
-                decoder.decode(source[start - begin : stop - begin], encoded, raw)
-                if xxhash.xxh3_64_intdigest(raw) != int(chunk.partition.index[chunk.number]["raw_xxh3"]):
-                    raise IntegrityError("decoded bytes are not those that were split")
+            start, stop, _ = chunk.partition.encoded(chunk.number)
+            # Released at once: a view that an error's traceback holds would keep the map open.
+            with source[start - begin : stop - begin] as stored:
+                chunk.decode(stored, out[position : position + chunk.raw_bytes], decoder)
             position += chunk.raw_bytes
 
 
@@ -107,7 +112,7 @@ def iter_stored(
     """Yield the spans of tensors that follow each other in the file from `start` on."""
     begin = position = start
     waiting: list[StoredChunk] = []
-    for chunk in _iter_chunks(tensors):
+    for chunk in iter_chunks(tensors):
         if waiting and not _joins(chunk, waiting, position - begin):
             yield StoredSpan(sink, begin, tuple(waiting))
             waiting, begin = [], position
@@ -117,7 +122,8 @@ def iter_stored(
         yield StoredSpan(sink, begin, tuple(waiting))
 
 
-def _iter_chunks(tensors: Sequence[tuple[OpenPartition, TensorEntry]]) -> Iterator[StoredChunk]:
+def iter_chunks(tensors: Iterable[tuple[OpenPartition, TensorEntry]]) -> Iterator[StoredChunk]:
+    """Yield the chunks of tensors."""
     for partition, tensor in tensors:
         for number in range(tensor.first_chunk, tensor.first_chunk + tensor.chunk_count):
             yield StoredChunk(partition, tensor, number, int(partition.index[number]["raw_bytes"]))

@@ -208,7 +208,7 @@ def test_a_node_that_has_only_its_own_partition(made: Path, tmp_path: Path) -> N
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     assert files_of(tmp_path / "a").keys() == {"model.safetensors", "config.json"}
     assert "taken for those of the model" in result.notes[0]
-    with pytest.raises(IntegrityError, match="partition_0"):
+    with pytest.raises(MissingPartitionError, match="partition 0 is not here"):
         export(node, tmp_path / "c", part_ids=[0])
     assert not (tmp_path / "c").exists()
 
@@ -486,10 +486,23 @@ def test_killed_while_it_replaces_another(made: Path, source: Path, tmp_path: Pa
             assert weights_of(out) == weights_of(source)
         export(source, out, max_shard_bytes=5000, existing="force")
         assert weights_of(out) == weights_of(source)
+        assert not [name for name in os.listdir(out) if name.endswith(".partial")]
         if ended:
             break
         shutil.rmtree(out)
     assert number > 15
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
+def test_force_leaves_no_part_of_an_unfinished_file(source: Path, tmp_path: Path) -> None:
+    """Also where the new export has no file of that name."""
+    killing = at_bytes("export", 4_000_000)
+    ending = in_child(lambda: export(source, tmp_path, max_shard_bytes=10**6, threads=1, progress=killing))
+    assert ending.signal == 9
+    assert [name for name in os.listdir(tmp_path) if name.endswith(".partial")]
+    export(source, tmp_path, max_shard_bytes=5000, existing="force")
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".partial")]
+    assert weights_of(tmp_path) == weights_of(source)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
@@ -526,6 +539,34 @@ def test_a_file_that_shrinks_meanwhile(source: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceChangedError):
         export(model, tmp_path / "out", progress=shrink, threads=1, io="pread", max_shard_bytes=10**5)
     assert not json.loads((tmp_path / "out" / RECORD_NAME).read_text())["complete"]
+
+
+def test_a_file_that_is_touched_meanwhile(source: Path, tmp_path: Path) -> None:
+    """Where all bytes could be read, but not of the file that was planned: no index, and it is not complete."""
+    model = Path(shutil.copytree(source, tmp_path / "model"))
+    shard = max(model.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+
+    def touch(progress: Any) -> None:
+        if progress.done_bytes == progress.total_bytes:
+            os.utime(shard, ns=(1, 1))
+
+    with pytest.raises(SourceChangedError):
+        export(model, tmp_path / "out", progress=touch, threads=1, max_shard_bytes=10**5)
+    assert INDEX not in os.listdir(tmp_path / "out")
+    assert not json.loads((tmp_path / "out" / RECORD_NAME).read_text())["complete"]
+
+
+def test_small_files_of_another_model_go(source: Path, tmp_path: Path) -> None:
+    """With force, those that the earlier export wrote; one that somebody changed stays."""
+    first = Path(shutil.copytree(source, tmp_path / "first"))
+    (first / "tokenizer.json").write_bytes(b"{}")
+    (first / "merges.txt").write_bytes(b"a b")
+    export(first, tmp_path / "out")
+    (tmp_path / "out" / "merges.txt").write_bytes(b"changed")
+    export(source, tmp_path / "out", existing="force")
+    there = files_of(tmp_path / "out")
+    assert "tokenizer.json" not in there
+    assert there["merges.txt"] == b"changed"
 
 
 def test_json_has_every_number(made_of_numbers: Path, numbers: Path, tmp_path: Path) -> None:
