@@ -5,6 +5,7 @@
     verify(path)                         find every byte that is not as it was written
     merge(path, output)                  the original shards again, byte for byte
     export(source, output)               safetensors for any loader, or JSON; load_partition_json(path) reads that
+    repair(path, source)                 what is damaged made again, from the checkpoint or another copy
     open_partition(path)                 a mapping of tensor names to numpy arrays
     open_set(path), open_checkpoint(path), inspect(path)
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         AccessDeniedError,
         CheckpointError,
         FormatError,
+        GgufFileError,
         HeaderError,
         IndexMismatchError,
         IntegrityError,
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from mmsplit.layers import Layer, LayerMap, build_layer_map
     from mmsplit.planning import Plan
     from mmsplit.remote.source import HubOptions, open_source
+    from mmsplit.sidecar.scrub_run import Scrub
     from mmsplit.verbs.download import DownloadResult, download
     from mmsplit.verbs.export import ExportResult, export
     from mmsplit.verbs.inspect import inspect
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
     from mmsplit.verbs.plan import plan
     from mmsplit.verbs.pull import PullResult, pull
     from mmsplit.verbs.push import PushResult, push
+    from mmsplit.verbs.repair import RepairResult, repair
     from mmsplit.verbs.split import SplitResult, split
     from mmsplit.verbs.verify import VerifyResult, verify
     from mmsplit.workers import Progress
@@ -75,6 +79,7 @@ _HOMES = {
         "AccessDeniedError",
         "CheckpointError",
         "FormatError",
+        "GgufFileError",
         "HeaderError",
         "IndexMismatchError",
         "IntegrityError",
@@ -100,6 +105,7 @@ _HOMES = {
     "mmsplit.layers": ("Layer", "LayerMap", "build_layer_map"),
     "mmsplit.planning": ("Plan",),
     "mmsplit.remote.source": ("HubOptions", "open_source"),
+    "mmsplit.sidecar.scrub_run": ("Scrub",),
     "mmsplit.verbs.download": ("DownloadResult", "download"),
     "mmsplit.verbs.export": ("ExportResult", "export"),
     "mmsplit.verbs.inspect": ("inspect",),
@@ -108,6 +114,7 @@ _HOMES = {
     "mmsplit.verbs.plan": ("plan",),
     "mmsplit.verbs.pull": ("PullResult", "pull"),
     "mmsplit.verbs.push": ("PushResult", "push"),
+    "mmsplit.verbs.repair": ("RepairResult", "repair"),
     "mmsplit.verbs.split": ("SplitResult", "split"),
     "mmsplit.verbs.verify": ("VerifyResult", "verify"),
     "mmsplit.workers": ("Progress",),

@@ -7,6 +7,17 @@ import os
 from pathlib import Path
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it that are missing; their names survive a loss of power.  Raises `OSError`."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing or [path]:  # one that is there may be of a run that was killed before it had synced
+        try:
+            sync_directory(folder.parent)
+        except PermissionError:
+            pass  # a directory that may be written to and not read cannot be synced
+
+
 def sync_directory(path: Path) -> None:
     """Make renames and unlinks in `path` durable; not every system can.  Raises `OSError`."""
     if os.name == "nt":

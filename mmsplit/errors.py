@@ -6,6 +6,7 @@
     ├── CheckpointError           3  what the input got wrong
     │   ├── HeaderError              a safetensors header that must not be trusted
     │   ├── TorchFileError           a PyTorch file that is damaged, or holds more than plain tensors
+    │   ├── GgufFileError            a GGUF file that is damaged, or of a version not read
     │   ├── MissingShardError        a shard that the index or the numbering promises
     │   ├── IndexMismatchError       index and headers disagree
     │   └── SourceChangedError       the input changed while it was being read
@@ -107,6 +108,10 @@ class HeaderError(CheckpointError):
 
 class TorchFileError(CheckpointError):
     """A PyTorch file is damaged, or holds what is not read from one; nothing of the file is used."""
+
+
+class GgufFileError(CheckpointError):
+    """A GGUF file is damaged, or of a version or with tensor types not known here; nothing of the file is used."""
 
 
 class MissingShardError(CheckpointError):

@@ -67,7 +67,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_plan_reads_headers_only(checkpoint: Path, counts: Counter[str]) -> None:
     """Planning reads length field and header of each shard once, and borrows nothing."""
     plan = mmsplit.plan(checkpoint, 2)
-    header = sum(shard.header_bytes for shard in mmsplit.open_checkpoint(checkpoint).shards)
+    header = sum(shard.kept_bytes for shard in mmsplit.open_checkpoint(checkpoint).shards)
     assert plan.num_parts == 2
     assert counts["read bytes"] == 2 * header  # once by plan, once by the line above
     assert counts["borrows"] == 0
@@ -79,7 +79,7 @@ def test_split_touches_each_byte_twice_and_writes_each_once(
     """Each source byte is borrowed once to be encoded and once to be hashed; each stored byte is written once."""
     result = mmsplit.split(checkpoint, tmp_path / "set", 2)
     (shard,) = mmsplit.open_checkpoint(checkpoint).shards
-    assert counts["borrowed bytes"] == 2 * shard.size_bytes - shard.header_bytes
+    assert counts["borrowed bytes"] == 2 * shard.size_bytes - shard.kept_bytes
     payload = sum(entry.payload_bytes for entry in result.manifest.partitions)
     assert counts["block bytes"] + counts["other written bytes"] == payload
     assert counts["blocks"] == 4  # three chunks of the big tensor, one slot for the small one

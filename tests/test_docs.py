@@ -18,8 +18,8 @@ from mmsplit.cli.app import app
 from mmsplit.synthetic import write_synthetic_checkpoint
 
 ROOT = Path(__file__).parent.parent
-SHOWING_COMMANDS = ("README.md", "docs/usage.md", "docs/larger-than-disk.md", "docs/export.md")
-DOCUMENTS = (*SHOWING_COMMANDS, "docs/python.md", "docs/architecture.md", "docs/errors.md")
+SHOWING_COMMANDS = ("README.md", "docs/usage.md", "docs/larger-than-disk.md", "docs/repair.md", "docs/export.md")
+DOCUMENTS = (*SHOWING_COMMANDS, "docs/python.md", "docs/architecture.md", "docs/errors.md", "docs/reliability.md")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def environment(workplace: Path) -> Iterator[dict[str, str]]:
 
 def _commands(document: str) -> list[str]:
     blocks = re.findall(r"```console\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
-    return re.findall(r"^ *\$ (mmsplit .*)$", "\n".join(blocks), re.MULTILINE)
+    return re.findall(r"^ *\$ ((?:mmsplit|rm|dd) .*)$", "\n".join(blocks), re.MULTILINE)
 
 
 @pytest.mark.parametrize("document", SHOWING_COMMANDS)
@@ -64,7 +64,8 @@ def test_every_command_shown_runs(document: str, workplace: Path, environment: d
     commands = _commands(document)
     assert commands
     for command in commands:
-        words = [sys.executable, "-m", *command.split()]
+        words = command.split()
+        words = [sys.executable, "-m", *words] if words[0] == "mmsplit" else words
         result = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, f"{command}\n{result.stderr}"
 
@@ -108,6 +109,18 @@ def test_links_lead_somewhere(document: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         if "://" not in target:
             assert (path.parent / target).exists(), target
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    """A promise whose test is gone is none."""
+    text = (ROOT / "docs/reliability.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text() or not test, (file, test)
+    neighbours = (ROOT / "tests/faults/test_neighbours.py").read_text()
+    for test in re.findall(r"`(test_\w+)`", text):
+        assert f"def {test}(" in neighbours, test
 
 
 def test_every_exported_name_exists() -> None:

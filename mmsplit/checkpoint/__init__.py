@@ -8,9 +8,18 @@ from mmsplit.checkpoint.read_ahead import ShardRange, iter_with_read_ahead
 from mmsplit.checkpoint.reader_pool import ReaderPool
 from mmsplit.checkpoint.shard_hasher import ShardHasher
 from mmsplit.checkpoint.storage import Identity, RangeReader, ShardReaders, Storage
-from mmsplit.checkpoint.tensor import ShardHeader, TensorInfo
+from mmsplit.checkpoint.tensor import (
+    ByteRange,
+    ShardHeader,
+    ShardLayout,
+    SourcePlace,
+    TensorInfo,
+    TensorRows,
+    TensorView,
+)
 
 __all__ = [
+    "ByteRange",
     "Checkpoint",
     "FileReader",
     "Fingerprint",
@@ -23,10 +32,14 @@ __all__ = [
     "Shard",
     "ShardHasher",
     "ShardHeader",
+    "ShardLayout",
     "ShardRange",
     "ShardReaders",
+    "SourcePlace",
     "Storage",
     "TensorInfo",
+    "TensorRows",
+    "TensorView",
     "aligned_buffer",
     "choose_checkpoint_files",
     "iter_with_read_ahead",

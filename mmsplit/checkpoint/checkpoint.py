@@ -9,17 +9,18 @@ from typing import Final, NamedTuple
 
 from mmsplit.checkpoint.directory import CheckpointFiles, find_checkpoint_files
 from mmsplit.checkpoint.file_reader import IoMode
-from mmsplit.checkpoint.header import LENGTH_BYTES, parse_header, parse_header_length
+from mmsplit.checkpoint.range_reads import RangeReads
+from mmsplit.checkpoint.shard_layout import read_shard_layout
 from mmsplit.checkpoint.storage import Identity, RangeReader, ShardReaders, Storage
-from mmsplit.checkpoint.tensor import TensorInfo
-from mmsplit.errors import CheckpointError, IndexMismatchError
+from mmsplit.checkpoint.tensor import ByteRange, ShardForm, ShardLayout, TensorInfo, TensorView
+from mmsplit.errors import CheckpointError, IndexMismatchError, MissingShardError
 
 CONFIG_NAME: Final = "config.json"
 _MAX_CONFIG_BYTES: Final = 16 << 20
 
 
 class Shard(NamedTuple):
-    """One input weight file.  Bytes [0, `header_bytes`) are header, the rest is covered by tensors.
+    """One input weight file.  The ranges `kept` are header and padding, the rest is covered by tensors.
 
     `location` is what a message shows: a path, or a place on the Hub.
     """
@@ -27,15 +28,22 @@ class Shard(NamedTuple):
     name: str
     location: str
     size_bytes: int
-    header_bytes: int
+    kept: tuple[ByteRange, ...]
     identity: Identity
+    form: ShardForm = "safetensors"
+
+    @property
+    def kept_bytes(self) -> int:
+        """Length of what is kept as it is."""
+        return sum(stop - start for start, stop in self.kept)
 
 
 class Checkpoint:
     """A checkpoint whose headers have been read and agree with each other; no weight has been touched.
 
-    `tensors` maps each name to its `TensorInfo`, shards in name order, then by offset.  `config` is config.json,
-    or None.  `small_files` are names relative to `storage`.  `notes` are sentences for a person.
+    `tensors` maps each name to its `TensorInfo`, shards in name order, then by offset.  `views` are further names, from
+    PyTorch files, whose bytes are those of a tensor: tied weights, slices, transposes.  `config` is config.json, or
+    None.  `small_files` are names relative to `storage`.  `notes` are sentences for a person.
     """
 
     def __init__(
@@ -45,10 +53,12 @@ class Checkpoint:
         tensors: dict[str, TensorInfo],
         config: dict[str, object] | None,
         notes: tuple[str, ...],
+        views: dict[str, TensorView] | None = None,
     ) -> None:
         self.storage = files.storage
         self.shards = shards
         self.tensors = tensors
+        self.views = views or {}
         self.config = config
         self.small_files = files.small_files
         self.index_name = files.index_name
@@ -79,10 +89,12 @@ class Checkpoint:
         """Return readers of all shards, for threads to share; they raise as `open_shard` does."""
         return self.storage.open_readers(io, self._identities())
 
-    def read_header(self, name: str) -> bytes:
-        """Read bytes [0, `header_bytes`) of a shard: length field and header, verbatim."""
+    def read_kept(self, name: str) -> bytes:
+        """Read the kept ranges of a shard, joined: of a safetensors file, length field and header, verbatim."""
+        shard = self._shard_by_name[name]
         with closing(self.open_shard(name, "pread")) as reader:
-            return reader.read(0, self._shard_by_name[name].header_bytes)
+            reads = RangeReads(reader.read, shard.size_bytes, shard.location, reader.read_many)
+            return b"".join(reads.read_all(shard.kept))
 
     def published_sha256(self, name: str) -> str | None:
         """64 hex digits of the SHA-256 that the Hub publishes for a shard, where that is known."""
@@ -108,57 +120,75 @@ def read_checkpoint(files: CheckpointFiles, *, allow_unknown_dtypes: bool = Fals
     """Read all headers of a checkpoint whose files are known.  Raises as `open_checkpoint` does."""
     shards: list[Shard] = []
     tensors: dict[str, TensorInfo] = {}
+    views: dict[str, TensorView] = {}
+    home: dict[str, str] = {}
+    notes = list(files.notes)
+    own_config: dict[str, object] | None = None
     for name in files.shards:
-        shard, found = _read_shard(files.storage, name, allow_unknown_dtypes)
+        shard, layout = _read_shard(files.storage, name, allow_unknown_dtypes)
         shards.append(shard)
-        for tensor in found:
-            first = tensors.setdefault(tensor.name, tensor)
-            if first is not tensor:
-                raise IndexMismatchError(
-                    f"tensor is in two shards, {first.shard} and {tensor.shard}",
-                    path=shard.location,
-                    tensor=tensor.name,
-                    hint="Remove the shard that does not belong, or name the weights index instead of the directory.",
-                )
-    config, config_notes = _read_config(files.storage)
-    notes = (*files.notes, *config_notes, *_compare_with_index(files, tensors))
-    return Checkpoint(files, tuple(shards), tensors, config, notes)
+        notes += layout.notes
+        own_config = own_config or layout.config
+        if layout.file_count > len(files.shards):
+            raise MissingShardError(
+                f"file says it is one of {layout.file_count:,}, and there are {len(files.shards):,}",
+                path=shard.location,
+                hint="Download the missing files to the same directory, then run again.",
+            )
+        for found in (*(tensor.name for tensor in layout.tensors), *(view.name for view in layout.views)):
+            first = home.setdefault(found, name)
+            if first != name:
+                raise _twice(shard, found, first)
+        tensors.update((tensor.name, tensor) for tensor in layout.tensors)
+        views.update((view.name, view) for view in layout.views)
+    # Beside a file that describes its model, a config.json is often only what a download counter wants.
+    config, config_notes = (own_config, ()) if own_config else _read_config(files.storage)
+    notes += (*config_notes, *_compare_with_index(files, home))
+    return Checkpoint(files, tuple(shards), tensors, config, tuple(notes), views)
 
 
-def _read_shard(storage: Storage, name: str, allow_unknown_dtypes: bool) -> tuple[Shard, tuple[TensorInfo, ...]]:
+def _twice(shard: Shard, tensor: str, first: str) -> IndexMismatchError:
+    hint = "Remove the shard that does not belong, or name the weights index instead of the directory."
+    if shard.form == "torch":
+        hint = "If these are the parts of a tensor-parallel model, split each by itself; else remove one."
+    return IndexMismatchError(
+        f"tensor is in two shards, {first} and {shard.name}", path=shard.location, tensor=tensor, hint=hint
+    )
+
+
+def _read_shard(storage: Storage, name: str, allow_unknown_dtypes: bool) -> tuple[Shard, ShardLayout]:
     location = storage.location_of(name)
     identity = storage.identity_of(name)
     with closing(storage.open_shard(name, "pread", identity)) as reader:
         size = reader.size_bytes
-        length = parse_header_length(reader.read(0, min(LENGTH_BYTES, size)), size, location)
-        header = reader.read(LENGTH_BYTES, LENGTH_BYTES + length)
-    parsed = parse_header(header, size, location, name, allow_unknown_dtypes=allow_unknown_dtypes)
-    return Shard(name, location, size, parsed.header_bytes, identity), parsed.tensors
+        layout = read_shard_layout(reader, location, name, allow_unknown_dtypes=allow_unknown_dtypes)
+    return Shard(name, location, size, layout.kept, identity, layout.form), layout
 
 
-def _compare_with_index(files: CheckpointFiles, tensors: dict[str, TensorInfo]) -> tuple[str, ...]:
+def _compare_with_index(files: CheckpointFiles, home: dict[str, str]) -> tuple[str, ...]:
+    """Compare the weights index with `home`: the shard in which each name, of a tensor or a view, was found."""
     if files.weight_map is None:
         return ()
     index_location = files.storage.location_of(files.index_name or "")
     for name, shard in files.weight_map.items():
-        tensor = tensors.get(name)
-        if tensor is None:
+        found = home.get(name)
+        if found is None:
             raise IndexMismatchError(
                 f"tensor is listed in {shard}, but no header has it",
                 path=index_location,
                 tensor=name,
                 hint="Index and shards are not of the same model; download both again.",
             )
-        if tensor.shard != shard:
+        if found != shard:
             raise IndexMismatchError(
                 "tensor is not in the shard the index names",
                 path=index_location,
                 tensor=name,
                 expected=shard,
-                found=tensor.shard,
+                found=found,
                 hint="Index and shards are not of the same model; download both again.",
             )
-    unlisted = [name for name in tensors if name not in files.weight_map]
+    unlisted = [name for name in home if name not in files.weight_map]
     if not unlisted:
         return ()
     return (

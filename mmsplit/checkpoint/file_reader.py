@@ -11,7 +11,8 @@ Why a map can be unsafe: when a file is truncated while it is mapped, touching a
 process with SIGBUS, which Python cannot catch.  So a file is only mapped under a *read lease* (fcntl(2),
 F_SETLEASE): whoever opens it for writing or truncates it is held up by the kernel until the lease is given back,
 which `borrow` does after the views in flight are returned; from then on the file is read, not mapped.  Where no
-lease can be had (not the owner, a network file system, opened for writing elsewhere) it is read from the start.
+lease can be had (not the owner, opened for writing elsewhere), or where it would not bind everybody (a network file
+system), the file is read from the start.
 """
 
 from __future__ import annotations
@@ -25,15 +26,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
+from mmsplit.checkpoint.file_system import is_network_file_system
 from mmsplit.errors import CheckpointError, MmsplitError, RequestError, SourceChangedError
 
-#: How ranges are read.  "mmap" maps without a lease: for callers who own the file's fate.
-IoMode = Literal["auto", "mmap", "pread"]
+#: How ranges are read.  auto: mapped under a lease that binds everybody, else read.  mmap: mapped, under a lease where
+#: one can be had; without one, a truncation in the moment in which a range is used ends the process.  pread: read.
+#: view: mapped without a lease, for views that outlive the reader (`view_of_map`); the caller owns the file's fate.
+IoMode = Literal["auto", "mmap", "pread", "view"]
 
 #: Whether a range that is borrowed comes by way of the page cache, or past it unless it is there already.
 ReadMode = Literal["cached", "direct"]
@@ -127,8 +131,11 @@ class FileReader:
             self._retiring = False
             self._map: mmap.mmap | None = None
             self._address = 0
+            self._lends_views = io == "view"
             wanted = io != "pread" and self.size_bytes > 0 and can_populate()
-            if wanted and (io == "mmap" or self._take_lease()):
+            if io == "auto" and wanted:
+                wanted = not is_network_file_system(self._fd)
+            if wanted and (io == "view" or self._take_lease() or io == "mmap"):
                 self._try_to_map()
         except BaseException:
             os.close(self._fd)
@@ -175,12 +182,16 @@ class FileReader:
             self._read_into(view, start)
         return bytes(data)
 
+    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Read many small ranges, each as `read` does."""
+        return [self.read(start, stop) for start, stop in ranges]
+
     def view_of_map(self, start: int, stop: int) -> memoryview | None:
         """Return [start, stop) where it lies, for as long as the view lives; None if the file is not mapped so.
 
-        Only a reader opened with "mmap" has such views: a lease could not be given back while they live.
+        Only a reader opened with "view" has them: a lease could not be given back while they live.
         """
-        if self._map is None or self._leased:
+        if self._map is None or not self._lends_views:
             return None
         return memoryview(self._map)[start:stop]
 
@@ -190,7 +201,7 @@ class FileReader:
         Raises if the bytes cannot be had any more; merely touching them would end the process then.
         """
         self._require_range(start, stop)
-        if self._map is not None and not self._leased and stop > start:
+        if self._map is not None and self._lends_views and stop > start:
             self._populate(start, stop)
 
     def will_need(self, start: int, stop: int) -> None:

@@ -11,12 +11,12 @@ from typing import Final
 from mmsplit.checkpoint.file_reader import FileReader, Fingerprint, IoMode, fingerprint_of
 from mmsplit.checkpoint.reader_pool import ReaderPool
 from mmsplit.checkpoint.storage import Identity
-from mmsplit.checkpoint.weights_index import SUFFIX
+from mmsplit.checkpoint.weight_files import form_of
 from mmsplit.errors import CheckpointError
 
 _SHA256_HEX: Final = re.compile(r"^[0-9a-f]{64}$", re.ASCII)
 #: What makes a folder somebody's partition set, finished or not, rather than part of the model.
-_OUTPUT_MARKS: Final = ("partition_set.json", "unfinished_split.json")
+_OUTPUT_MARK: Final = re.compile(r"^(partition_(\d+|set)|unfinished_split)\.json(\.partial)?$", re.ASCII)
 
 
 class LocalStorage:
@@ -131,8 +131,11 @@ class LocalStorage:
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
     """Whether it is a file, or a shard that a link promises: a Hub cache that lost a blob has such links."""
-    return entry.is_file() or (entry.is_symlink() and entry.name.endswith(SUFFIX) and not entry.is_dir())
+    return entry.is_file() or (entry.is_symlink() and form_of(entry.name) is not None and not entry.is_dir())
 
 
 def _is_output(folder: Path) -> bool:
-    return any((folder / name).exists() for name in _OUTPUT_MARKS)
+    try:
+        return any(_OUTPUT_MARK.match(name) for name in os.listdir(folder))
+    except OSError:
+        return False  # the walk says why it cannot be read

@@ -5,7 +5,7 @@ Everything above works on these protocols, so that a model id does wherever a pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -28,6 +28,9 @@ class RangeReader(Protocol):
 
     def read(self, start: int, stop: int) -> bytes:
         """Read the bytes [start, stop) into memory of their own; for headers."""
+
+    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Read many small ranges, several at once where that is faster."""
 
     def close(self) -> None:
         """Let go of the file."""

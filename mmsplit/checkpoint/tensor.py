@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple, TypeAlias
+
+#: Half-open range of bytes of a file.
+ByteRange: TypeAlias = tuple[int, int]
+#: How a shard is written; found out from its first bytes, not from its name.
+ShardForm = Literal["safetensors", "torch", "gguf"]
+
+
+class TensorRows(NamedTuple):
+    """Rows [`start`, `stop`) along the first dimension of a tensor whose full shape is `shape`."""
+
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+
+class SourcePlace(NamedTuple):
+    """Bytes [`start_offset`, `stop_offset`) of a shard, where the tensor `name` lies."""
+
+    name: str
+    shard: str
+    start_offset: int
+    stop_offset: int
 
 
 class TensorInfo(NamedTuple):
@@ -10,6 +33,10 @@ class TensorInfo(NamedTuple):
 
     `start_offset` and `stop_offset` are a half-open byte range of the shard *file* (safetensors' own
     `data_offsets` count from the end of the header instead).  `params` is the number of elements.
+
+    `rows` is set by a plan that cuts a tensor: then this is only those rows, and shape, range and params are theirs.
+    `also` are other places of the source that hold the very same bytes: they are stored once, here.  A `hidden` tensor
+    is none of the state dict: bytes that only views see, or nobody.
     """
 
     name: str
@@ -19,11 +46,34 @@ class TensorInfo(NamedTuple):
     start_offset: int
     stop_offset: int
     params: int
+    rows: TensorRows | None = None
+    also: tuple[SourcePlace, ...] = ()
+    hidden: bool = False
 
     @property
     def size_bytes(self) -> int:
         """Length of the raw bytes."""
         return self.stop_offset - self.start_offset
+
+
+class TensorView(NamedTuple):
+    """A name of the state dict that has no bytes of its own: it sees those of the stored tensor `base`.
+
+    Its first element is `offset_bytes` behind the first byte of `base`; `stride` counts elements, as in PyTorch, and
+    may be 0 (expanded) but not negative.  Several views, and `base` itself, may see the same bytes.
+    """
+
+    name: str
+    base: str
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset_bytes: int
+
+    @property
+    def params(self) -> int:
+        """Number of elements it shows; repeated ones count."""
+        return math.prod(self.shape)
 
 
 class ShardHeader(NamedTuple):
@@ -32,3 +82,20 @@ class ShardHeader(NamedTuple):
     header_bytes: int
     tensors: tuple[TensorInfo, ...]
     metadata: dict[str, str]
+
+
+class ShardLayout(NamedTuple):
+    """What lies where in a shard of any form.
+
+    Law: the ranges of `tensors` and those `kept` as they are (header, padding) cover the file, each byte once.
+    `config` is what the file itself says of the model, with the keys of a config.json; `file_count` of how many files
+    it says it is one.
+    """
+
+    form: ShardForm
+    kept: tuple[ByteRange, ...]
+    tensors: tuple[TensorInfo, ...]
+    views: tuple[TensorView, ...] = ()
+    notes: tuple[str, ...] = ()
+    config: dict[str, object] | None = None
+    file_count: int = 1

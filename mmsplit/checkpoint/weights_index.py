@@ -1,19 +1,20 @@
-"""`*.safetensors.index.json`: which tensor is in which shard.  Pure: bytes in, a weight map out."""
+"""`*.safetensors.index.json`, `*.bin.index.json`: which tensor is in which shard.  Pure: bytes in, a weight map out."""
 
 from __future__ import annotations
 
 import json
-from typing import Final, NoReturn
+import unicodedata
+from collections.abc import Sequence
+from typing import NoReturn
 
 from mmsplit.errors import CheckpointError
 
-SUFFIX: Final = ".safetensors"
 
-
-def parse_weights_index(data: bytes, path: str) -> dict[str, str]:
+def parse_weights_index(data: bytes, path: str, suffixes: Sequence[str]) -> dict[str, str]:
     """Return `weight_map`: tensor name -> shard file name, checked to be plain names of one directory.
 
-    A file name with a separator, `..` or a drive could reach outside the checkpoint, so it is refused.
+    The names of shards must end in one of `suffixes`.  One with a separator, `..` or a drive could reach outside the
+    checkpoint, so it is refused.
     """
 
     def fail(what: str, tensor: str | None = None, found: object = None) -> NoReturn:
@@ -33,11 +34,16 @@ def parse_weights_index(data: bytes, path: str) -> dict[str, str]:
         if shard not in checked:
             if not is_plain_name(shard):
                 fail("weight_map names a shard that is not a plain file name", tensor, repr(shard[:80]))
-            if not shard.endswith(SUFFIX):
+            if not shard.endswith(tuple(suffixes)):
                 # Any other file could be taken for a small file of the model, too, and have two fates.
-                fail(f"weight_map names a shard that is not a {SUFFIX} file", tensor, repr(shard[:80]))
+                fail(f"weight_map names a shard that is not a {' or '.join(suffixes)} file", tensor, repr(shard[:80]))
             checked.add(shard)
     return weight_map
+
+
+def folded_name(name: str) -> str:
+    """Return what is the same for names that some file system takes for one: letter case and Unicode form are gone."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
 
 
 def is_plain_name(name: str) -> bool:

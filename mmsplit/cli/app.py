@@ -16,6 +16,7 @@ _COMMANDS: Final = {
     "download": "Download a model of the Hub, resumed and verified.",
     "split": "Split a checkpoint into a partition set.",
     "verify": "Find every byte of a set that is not as it was written.",
+    "repair": "Make what is damaged in a set again, from the checkpoint or another copy.",
     "merge": "Merge a set into the original checkpoint, byte for byte.",
     "export": "Write partitions, or a model, as safetensors for any loader, or as JSON.",
     "pull": "Get a published set, or some of its partitions, verified on arrival.",

@@ -116,10 +116,11 @@ def work_options(command: F) -> F:
             ),
             click.option(
                 "--io",
-                type=click.Choice(["auto", "pread"]),
+                type=click.Choice(["auto", "mmap", "pread"]),
                 default="auto",
                 show_default=True,
-                help="How to read: auto maps files that nobody can truncate meanwhile, and reads the others.",
+                help="How to read: auto maps files that nobody can truncate meanwhile, and reads the others; mmap maps"
+                " them all; pread maps none.",
             ),
             click.option("-q", "--quiet", is_flag=True, help="No progress."),
         )

@@ -11,6 +11,7 @@ from typing import Final, Protocol
 import click
 
 from mmsplit.planning import PlannedLayer
+from mmsplit.sidecar.partition_reader import Fault
 
 #: Longest text in a cell of a table, in characters.
 _CELL_LIMIT: Final = 120
@@ -129,3 +130,15 @@ def notes(lines: Iterable[str]) -> None:
     """Print notes to stderr."""
     for line in lines:
         click.echo(f"note: {clean(line)}", err=True)
+
+
+def fault_line(fault: Fault) -> str:
+    """Return where a fault lies and what it is: file, layer, tensor, bytes."""
+    where = [fault.file]
+    if fault.layer is not None:
+        where.append(f"layer {fault.layer}")
+    if fault.tensor is not None:
+        where.append(f"tensor {fault.tensor}")
+    if fault.start is not None and fault.stop is not None:
+        where.append(f"bytes {fault.start:,} to {fault.stop:,}")
+    return f"{', '.join(where)}: {fault.what}"

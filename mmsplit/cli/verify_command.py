@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import click
@@ -9,10 +10,10 @@ import click
 from mmsplit.checkpoint import IoMode
 from mmsplit.cli.options import PATH, json_option, unknown_dtypes_option, work_options
 from mmsplit.cli.progress import ProgressDisplay
-from mmsplit.cli.render import clean, echo, echo_json, size
+from mmsplit.cli.render import clean, echo, echo_json, fault_line, size
+from mmsplit.cli.scrub_options import scrub_of, scrub_options
 from mmsplit.cli.source_options import SOURCE, hub_of, hub_options
 from mmsplit.errors import IntegrityError
-from mmsplit.sidecar.partition_reader import Fault
 from mmsplit.verbs.verify import Level, verify
 
 
@@ -26,6 +27,7 @@ from mmsplit.verbs.verify import Level, verify
     help="quick: structure and sizes; stored: every stored byte; full: and decode it all.",
 )
 @click.option("--against", type=SOURCE, help="A checkpoint, or a model of the Hub, to compare with, byte for byte.")
+@scrub_options
 @hub_options
 @unknown_dtypes_option
 @work_options
@@ -34,6 +36,10 @@ def verify_command(
     path: Path,
     level: Level,
     against: str | None,
+    subset: str | None,
+    since: datetime | timedelta | None,
+    history: Path | None,
+    max_rate: int | None,
     revision: str | None,
     cache_dir: Path | None,
     token: str | None,
@@ -52,6 +58,7 @@ def verify_command(
             against=against,
             hub=hub_of(revision, cache_dir, token, connections),
             allow_unknown_dtypes=allow_unknown_dtypes,
+            scrub=scrub_of(subset, since, history, max_rate),
             threads=threads,
             io=io,
             progress=progress,
@@ -61,25 +68,16 @@ def verify_command(
     elif result.ok:
         echo(
             f"ok: {result.partition_count} partition(s), {size(result.checked_bytes)} read, level {level}"
+            + (f", subset {subset}" if subset else "")
             + (f", same as {against}" if against else "")
         )
     else:
         for fault in result.problems:
-            echo(clean(_line(fault)))
+            echo(clean(fault_line(fault)))
         click.echo(
-            f"mmsplit: {len(result.problems)} problem(s) found. Copy what is damaged again.\n"
+            f"mmsplit: {len(result.problems)} problem(s) found. Make what is damaged again with:"
+            " mmsplit repair SET --from SOURCE\n"
             "A node that has only some partitions verifies each by its name: mmsplit verify DIR/partition_K.json",
             err=True,
         )
     return 0 if result.ok else IntegrityError.exit_code
-
-
-def _line(fault: Fault) -> str:
-    where = [fault.file]
-    if fault.layer is not None:
-        where.append(f"layer {fault.layer}")
-    if fault.tensor is not None:
-        where.append(f"tensor {fault.tensor}")
-    if fault.start is not None and fault.stop is not None:
-        where.append(f"bytes {fault.start:,} to {fault.stop:,}")
-    return f"{', '.join(where)}: {fault.what}"

@@ -12,7 +12,8 @@ from mmsplit.codec.chunk_codec import (
     CodecName,
     Encoded,
 )
-from mmsplit.codec.word import LAYOUTS
+from mmsplit.codec.extent import planes_end, zstd_end
+from mmsplit.codec.word import LAYOUTS, layout_for
 
 __all__ = [
     "CODEC_NAMES",
@@ -26,4 +27,7 @@ __all__ = [
     "ChunkEncoder",
     "CodecName",
     "Encoded",
+    "layout_for",
+    "planes_end",
+    "zstd_end",
 ]

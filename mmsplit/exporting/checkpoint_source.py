@@ -61,7 +61,7 @@ class CheckpointSource:
         self.notes = plan.notes
         # What comes over a network comes in one order.
         self.most_lanes = None if self.directory is not None else 1
-        views = aliases_of_views(getattr(checkpoint, "views", {}), checkpoint.tensors)
+        views = aliases_of_views(checkpoint.views, checkpoint.tensors)
         self.partitions = tuple(
             _with_views(partition_of(part_id, plan.partitions[part_id].layers), views) for part_id in chosen
         )

@@ -12,7 +12,7 @@ from mmsplit.exporting.parameters_json import parameters_name
 from mmsplit.exporting.parameters_writer import ParametersWriter, estimate_bytes
 from mmsplit.exporting.tensor import ExportPartition, ExportSource, tensors_by_name
 from mmsplit.exporting.weight_files import INDEX_NAME, WeightFile, format_weights_index, lay_out_files
-from mmsplit.merging.span import BlockSink, Span, iter_bytes
+from mmsplit.merging.span import BlockSink, Span, iter_stored
 from mmsplit.sidecar.set_manifest import KeptBytes, ShardEntry
 from mmsplit.sidecar.shard_writer import ShardWriter
 
@@ -100,7 +100,7 @@ class SafetensorsForm:
     def iter_spans(self, writer: FileWriter) -> Iterator[Span]:
         """Yield header and tensors."""
         file = self._files[writer.path.name]
-        yield from iter_bytes(writer, 0, memoryview(file.header))
+        yield from iter_stored(writer, 0, [memoryview(file.header)])
         yield from self._source.iter_spans(writer, len(file.header), file.tensors)
 
 

@@ -7,16 +7,16 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Final, NamedTuple
 
-from mmsplit.checkpoint.weights_index import SUFFIX
 from mmsplit.errors import OutputError, OutputExistsError
 from mmsplit.exporting.export_form import ExportForm, FileWriter
 from mmsplit.exporting.export_record import ExportedFile, ExportRecord, read_record
 from mmsplit.exporting.tensor import ExportSource
+from mmsplit.exporting.weight_files import SUFFIX
 from mmsplit.merging.lanes import write_files
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory
 from mmsplit.sidecar.output_files import (
-    PARTIAL_SUFFIX,
     output_errors,
+    partial_path,
     sha256_of,
     sha256_of_file,
     sync_directory,
@@ -130,11 +130,9 @@ class ExportRun:
         require_free_names(self._out.path, small_files, digests)
 
     def _require_space(self, todo: Collection[str], kept: Collection[str], there: ExportRecord | None) -> None:
-        freed = [
-            *(name for name in (() if there is None else there.files) if name not in kept),
-            *(name + PARTIAL_SUFFIX for name in todo),
-        ]
-        paths = [self._out.path / name for name in freed]
+        old = () if there is None else there.files
+        paths = [self._out.path / name for name in old if name not in kept]
+        paths += [partial_path(self._out.path / name) for name in todo]
         with output_errors(self._out.path):
             there_bytes = sum(path.stat().st_size for path in paths if path.is_file())
         needed = sum(self._form.file_bytes[name] for name in todo) - there_bytes
@@ -150,7 +148,7 @@ class ExportRun:
             return
         names = sorted((name for name in there.files if name not in kept), key=lambda name: name.endswith(SUFFIX))
         # A part of a file that this export has, too, is written over.
-        names += [name + PARTIAL_SUFFIX for name in there.files if name not in record.files]
+        names += [partial_path(self._out.path / name).name for name in there.files if name not in record.files]
         digests = _digests(there.small_files)
         with output_errors(self._out.path):
             for name in there.small_files.keys() - record.small_files.keys():

@@ -19,7 +19,7 @@ from mmsplit.exporting.parameters_json import (
     format_numbers,
 )
 from mmsplit.exporting.tensor import ExportPartition, ExportSource, ExportTensor
-from mmsplit.sidecar.output_files import PARTIAL_SUFFIX, give_name, output_errors
+from mmsplit.sidecar.output_files import give_name, output_errors, partial_path
 from mmsplit.sidecar.payload_file import PayloadFile
 from mmsplit.sidecar.shard_writer import ShardBlock
 
@@ -48,7 +48,7 @@ class ParametersWriter:
         self.partition = partition
         self._on_finish = on_finish
         self._on_inexact = on_inexact
-        self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        self._partial = partial_path(path)
         self._file: PayloadFile | None = None
         self._digest = hashlib.sha256()
         self._size_bytes = 0

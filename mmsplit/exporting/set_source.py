@@ -76,7 +76,7 @@ class SetSource:
 
     def read_beginning(self, tensor: ExportTensor, size_bytes: int) -> bytes:
         """Decode the first chunk of a tensor."""
-        chunk = next(iter_chunks([self._place(tensor)]), None)
+        chunk = next(iter_chunks(self._place(tensor)), None)
         if chunk is None:
             return b""
         start, stop, _ = chunk.partition.encoded(chunk.number)

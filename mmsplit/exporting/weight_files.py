@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from mmsplit.checkpoint.header_writer import format_header
-from mmsplit.checkpoint.weights_index import SUFFIX
 from mmsplit.dtypes import DTYPES
 from mmsplit.errors import RequestError
 from mmsplit.exporting.tensor import ExportTensor
 
+SUFFIX: Final = ".safetensors"
 INDEX_NAME: Final = f"model{SUFFIX}.index.json"
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 #: Readers refuse a header above 100 MB.

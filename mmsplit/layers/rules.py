@@ -46,6 +46,7 @@ STAGE_PAIRS: Final = frozenset(
         ("blocks", "blocks"),
         ("block", ""),
         ("blocks", ""),
+        ("blk", ""),
         ("layers", ""),
         ("attentions", "transformer_blocks"),
         ("temp_attentions", "transformer_blocks"),
@@ -159,10 +160,10 @@ ROLES: Final[tuple[tuple[int, str | None, str], ...]] = (
     # Multi-token prediction.
     (MTP, None, r"mtp|mtp_.*|nextn.*|multi_token.*"),
     # What widens the embedding for all layers; norms of the input; then all other norms.
-    (EMBEDDING_NORM, "embedding", r"altup_projections|per_layer_.*projection.*"),
-    (EMBEDDING_NORM, "norm", r"(?:.*_)?emb(?:ed\w*)?_(?:layer_?)?norm|layernorm_embedding|layer_norm_emb"),
-    (EMBEDDING_NORM, "norm", r"token_embd_norm|ln_pre|norm_pre|pre_ln|pre_layr?norm|pre_norm|pre_fc_norm.*"),
-    (EMBEDDING_NORM, "norm", r"norm_in|ln_q|bn1"),
+    (EMBEDDING_NORM, "embedding", r"altup_proj(?:ections)?|per_layer_.*proj.*"),
+    (EMBEDDING_NORM, "norm", r"(?:.*_)?emb(?:e?d\w*)?_(?:layer_?)?norm|layernorm_embedding|layer_norm_emb"),
+    (EMBEDDING_NORM, "norm", r"ln_pre|norm_pre|pre_ln|pre_layr?norm|pre_norm|pre_fc_norm.*"),
+    (EMBEDDING_NORM, "norm", r"norm_in|norm_embd|ln_q|bn1"),
     (NORM, "norm", r"(?:.*_)?(?:(?:layer|rms|batch|group)_?norm|norms?|ln|bn|normalization)\d*(?:_.*)?"),
     # Projectors between modalities.
     (PROJECTOR, "projector", r"(?:.*_)?(?:projector|connector|resampler|merger|aligner)\d*(?:_.*)?"),
@@ -176,27 +177,27 @@ ROLES: Final[tuple[tuple[int, str | None, str], ...]] = (
     (EMBEDDING, "embedding", r".*_embed(?:der|ding)?s?_.*|wte|wpe|tte|w|shared|word_\w*|tok_\w*|token_types"),
     (EMBEDDING, "embedding", r"rope.*|rotary.*|(?:.*_)?(?:positional_encoding\w*|position\w*|time_proj)"),
     (EMBEDDING, "embedding", r".*_tokens?|\w+_newline|view_sep\w*|query\w*|queries|adaln\w*|patch_\w+"),
-    (EMBEDDING, "embedding", r"stem|conv_stem|conv(?:2d)?[123]|conv_in|conv_pre|convolution|subsampl\w+"),
+    (EMBEDDING, "embedding", r"stem|conv_stem|conv(?:2d)?[123]|conv[12]d|conv_in|conv_pre|convolution|subsampl\w+"),
     (
         EMBEDDING,
         "embedding",
         r"proj_in|proj_in_.*|.*_proj_in|\w{1,4}_in|input_.*|.*_input_proj|preprocess_.*",
     ),
-    (EMBEDDING, "embedding", r"patchifier|(?:.*_)?(?:prenet|in_proj|feature_extractor|feature_encoder)"),
+    (EMBEDDING, "embedding", r"patchifier|pre_encode|(?:.*_)?(?:prenet|in_proj|feature_extractor|feature_encoder)"),
     # Parts of blocks that stand alone.  They are kept whole.
     (CORE, "other", r".*attn.*|(?:.*_)?attention.*|(?:.*_)?(?:mlp|ffn?)s?\d*(?:_.*)?|lstm|gru|rnn"),
     (NORM, "other", r"(?:.*_)?scale_shift_table|.*modulation.*"),
     # Containers.
     (TOWER, None, rf"(?:.*_)?(?:{_MODALITY})(?:_.*)?|v|a"),
     (ENCODER, None, r"(?:.*_)?(?:encoder|enc)(?:_.*)?|down|down_.*|noise_refiner|context_refiner"),
-    (ENCODER, None, r"backbone|reassemble\w*"),
+    (ENCODER, None, r"backbone|reassemble\w*|posnet"),
     (QUANTIZER, "other", r"(?:.*_)?quant(?:izer?|ize|_conv|_.*)?|bottleneck|codebook\w*|project_(?:hid|q)"),
     (QUANTIZER, "other", r"_?latents_(?:mean|std)"),
     (CORE, None, r"middle\w*|mid|mid_.*|(?:.*_)?(?:language_model|text_model|llm)"),
     (SECOND, None, r"single_.*|predictor"),
     (DECODER, None, r"(?:.*_)?(?:decoder|dec)(?:_.*)?|up|up_.*|neck|fusion\w*"),
     (POOLER, "other", r"(?:.*_)?pool(?:er|ing)?(?:_.*)?"),
-    (TAIL, "other", r"downsampl.*|upsampl.*|upscale.*|ups|altup_unembed.*|snake\w*|shortcut"),
+    (TAIL, "other", r"downsampl.*|upsampl.*|upscale.*|ups|altup_unembe?d.*|snake\w*|shortcut"),
     (TAIL, "other", r"controlnet_.*"),
 )
 

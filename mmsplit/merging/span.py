@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import xxhash
 
@@ -15,6 +15,9 @@ from mmsplit.sidecar.layout import CHUNK_BYTES
 from mmsplit.sidecar.manifest import TensorEntry
 from mmsplit.sidecar.partition_reader import OpenPartition
 from mmsplit.sidecar.shard_writer import ShardBlock
+
+#: A tensor, and the partition that stores it.
+StoredTensor: TypeAlias = tuple[OpenPartition, TensorEntry]
 
 
 class BlockSink(Protocol):
@@ -40,22 +43,6 @@ class Span(Protocol):
         """Put the span into a block, given what `borrow` lent."""
 
 
-class BytesSpan(NamedTuple):
-    """File bytes from `start` on that are in memory, such as a header."""
-
-    sink: BlockSink
-    start: int
-    data: memoryview
-
-    def borrow(self, scratch: Scratch) -> AbstractContextManager[memoryview]:  # noqa: ARG002
-        """Lend what is there."""
-        return nullcontext(self.data)
-
-    def fill(self, block: ShardBlock, source: memoryview, decoder: ChunkDecoder) -> None:  # noqa: ARG002
-        """Copy it."""
-        block.place(self.start, len(source))[:] = source
-
-
 class StoredChunk(NamedTuple):
     """Chunk `number` of a partition, of `raw_bytes`."""
 
@@ -73,69 +60,89 @@ class StoredChunk(NamedTuple):
 
 
 class StoredSpan(NamedTuple):
-    """File bytes from `start` on that are the raw bytes of `chunks`, neighbours in a partition."""
+    """File bytes [`start`, `start + size_bytes`), at most `CHUNK_BYTES`, piece by piece.
+
+    Pieces are bytes in memory (a header, padding) and chunks; the chunks are neighbours in one partition.
+    """
 
     sink: BlockSink
     start: int
-    chunks: tuple[StoredChunk, ...]
+    size_bytes: int
+    pieces: tuple[memoryview | StoredChunk, ...]
 
-    @contextmanager
-    def borrow(self, scratch: Scratch) -> Iterator[memoryview]:
-        """Lend the encoded chunks."""
-        first, last = self.chunks[0], self.chunks[-1]
-        start, stop = first.partition.encoded(first.number)[0], last.partition.encoded(last.number)[1]
-        with _naming(first), first.partition.reader.borrow(start, stop, scratch, "direct") as stored:
-            yield stored
+    def borrow(self, scratch: Scratch) -> AbstractContextManager[memoryview]:
+        """Lend the encoded bytes of all chunks, from the first to the last."""
+        chunks = [piece for piece in self.pieces if isinstance(piece, StoredChunk)]
+        return _borrow_encoded(chunks[0], chunks[-1], scratch) if chunks else nullcontext(memoryview(b""))
 
     def fill(self, block: ShardBlock, source: memoryview, decoder: ChunkDecoder) -> None:
-        """Decode the chunks into a block and compare their checksums.  Raises `IntegrityError` for a damaged one."""
-        out = block.place(self.start, sum(chunk.raw_bytes for chunk in self.chunks))
-        begin = self.chunks[0].partition.encoded(self.chunks[0].number)[0]
+        """Put the pieces into a block and compare the chunks' checksums.  Raises `IntegrityError` for a damaged one."""
+        out = block.place(self.start, self.size_bytes)
         position = 0
-        for chunk in self.chunks:
-            start, stop, _ = chunk.partition.encoded(chunk.number)
+        begin: int | None = None
+        for piece in self.pieces:
+            if isinstance(piece, memoryview):
+                out[position : position + len(piece)] = piece
+                position += len(piece)
+                continue
+            start, stop, _ = piece.partition.encoded(piece.number)
+            begin = start if begin is None else begin
             # Released at once: a view that an error's traceback holds would keep the map open.
             with source[start - begin : stop - begin] as stored:
-                chunk.decode(stored, out[position : position + chunk.raw_bytes], decoder)
-            position += chunk.raw_bytes
+                piece.decode(stored, out[position : position + piece.raw_bytes], decoder)
+            position += piece.raw_bytes
 
 
-def iter_bytes(sink: BlockSink, start: int, data: memoryview) -> Iterator[BytesSpan]:
-    """Yield the spans of bytes that are in memory and lie in the file from `start` on."""
-    for position in range(0, len(data), CHUNK_BYTES):
-        yield BytesSpan(sink, start + position, data[position : position + CHUNK_BYTES])
-
-
-def iter_stored(
-    sink: BlockSink, start: int, tensors: Sequence[tuple[OpenPartition, TensorEntry]]
-) -> Iterator[StoredSpan]:
-    """Yield the spans of tensors that follow each other in the file from `start` on."""
+def iter_stored(sink: BlockSink, start: int, pieces: Iterable[memoryview | StoredTensor]) -> Iterator[StoredSpan]:
+    """Yield the spans of bytes and tensors that follow each other in the file from `start` on."""
     begin = position = start
-    waiting: list[StoredChunk] = []
-    for chunk in iter_chunks(tensors):
-        if waiting and not _joins(chunk, waiting, position - begin):
-            yield StoredSpan(sink, begin, tuple(waiting))
-            waiting, begin = [], position
-        waiting.append(chunk)
-        position += chunk.raw_bytes
+    waiting: list[memoryview | StoredChunk] = []
+    first: StoredChunk | None = None  # of the chunks that wait
+    last: StoredChunk | None = None
+    for piece in _iter_cut(pieces):
+        chunk = piece if isinstance(piece, StoredChunk) else None
+        size_bytes = piece.raw_bytes if isinstance(piece, StoredChunk) else len(piece)
+        fits = position + size_bytes - begin <= CHUNK_BYTES
+        if waiting and not (fits and _follows(chunk, first, last)):
+            yield StoredSpan(sink, begin, position - begin, tuple(waiting))
+            waiting, begin, first, last = [], position, None, None
+        waiting.append(piece)
+        position += size_bytes
+        first, last = first or chunk, chunk or last
     if waiting:
-        yield StoredSpan(sink, begin, tuple(waiting))
+        yield StoredSpan(sink, begin, position - begin, tuple(waiting))
 
 
-def iter_chunks(tensors: Iterable[tuple[OpenPartition, TensorEntry]]) -> Iterator[StoredChunk]:
-    """Yield the chunks of tensors."""
-    for partition, tensor in tensors:
-        for number in range(tensor.first_chunk, tensor.first_chunk + tensor.chunk_count):
-            yield StoredChunk(partition, tensor, number, int(partition.index[number]["raw_bytes"]))
+def iter_chunks(stored: StoredTensor) -> Iterator[StoredChunk]:
+    """Yield the chunks of a tensor."""
+    partition, tensor = stored
+    for number in range(tensor.first_chunk, tensor.first_chunk + tensor.chunk_count):
+        yield StoredChunk(partition, tensor, number, int(partition.index[number]["raw_bytes"]))
 
 
-def _joins(chunk: StoredChunk, waiting: Sequence[StoredChunk], raw_bytes: int) -> bool:
-    """Whether a chunk lies right behind those that wait, and all of them are not too much for one span."""
-    first, last = waiting[0], waiting[-1]
+def _iter_cut(pieces: Iterable[memoryview | StoredTensor]) -> Iterator[memoryview | StoredChunk]:
+    for piece in pieces:
+        if isinstance(piece, memoryview):
+            for start in range(0, len(piece), CHUNK_BYTES):
+                yield piece[start : start + CHUNK_BYTES]
+        else:
+            yield from iter_chunks(piece)
+
+
+def _follows(chunk: StoredChunk | None, first: StoredChunk | None, last: StoredChunk | None) -> bool:
+    """Whether a chunk lies right behind others in a partition, and all of them are not too much to read at once."""
+    if chunk is None or first is None or last is None:
+        return True
     if chunk.partition is not last.partition or chunk.number != last.number + 1:
         return False
-    stored_bytes = chunk.partition.encoded(chunk.number)[1] - chunk.partition.encoded(first.number)[0]
-    return max(raw_bytes + chunk.raw_bytes, stored_bytes) <= CHUNK_BYTES
+    return chunk.partition.encoded(chunk.number)[1] - chunk.partition.encoded(first.number)[0] <= CHUNK_BYTES
+
+
+@contextmanager
+def _borrow_encoded(first: StoredChunk, last: StoredChunk, scratch: Scratch) -> Iterator[memoryview]:
+    start, stop = first.partition.encoded(first.number)[0], last.partition.encoded(last.number)[1]
+    with _naming(first), first.partition.reader.borrow(start, stop, scratch, "direct") as encoded:
+        yield encoded
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from mmsplit.planning.node_planner import boundaries_of, plan_for_nodes, plan_fo
 from mmsplit.planning.node_problem import NodeRequest, Objective
 from mmsplit.planning.nodes import NodeList, binary_size, parse_nodes, parse_reserve
 from mmsplit.planning.plan import Balance, Plan, PlannedLayer, PlannedPartition, iter_stored, sorted_part_ids
-from mmsplit.planning.planner import By, PlanRequest, TiedMode, checkpoint_layers, plan_checkpoint
+from mmsplit.planning.planner import By, PlanRequest, checkpoint_layers, plan_checkpoint
 from mmsplit.planning.training_state import TrainingMethod
+from mmsplit.planning.units import TiedMode
 
 __all__ = [
     "Balance",

@@ -36,8 +36,8 @@ class Load:
     It never falls when a range grows: growing over `stored` costs at least the copy it saves.
     """
 
-    def __init__(self, costs: Sequence[int], tied: Sequence[TiedUnits] = (), follow: tuple[int, int] | None = None):
-        """`follow` is (unit, cost): cost that lies with whichever partition holds that unit."""
+    def __init__(self, costs: Sequence[int], tied: Sequence[TiedUnits] = (), follow: Sequence[tuple[int, int]] = ()):
+        """`follow` are pairs (unit, cost): cost that lies with whichever partition holds that unit."""
         self._prefix = [0, *accumulate(costs)]
         self._tied = tied
         self._follow = follow
@@ -49,8 +49,9 @@ class Load:
         for stored, uses, copy_cost in self._tied:
             if not start <= stored < stop and any(start <= use < stop for use in uses):
                 cost += copy_cost
-        if self._follow is not None and start <= self._follow[0] < stop:
-            cost += self._follow[1]
+        for unit, follow_cost in self._follow:
+            if start <= unit < stop:
+                cost += follow_cost
         return cost
 
 

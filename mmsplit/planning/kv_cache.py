@@ -20,8 +20,8 @@ from mmsplit.layers import Layer
 from mmsplit.planning.attention_windows import Window, block_windows
 from mmsplit.planning.model_config import depth, head_dim, hidden_size, key_width, latent_width, positive, text_config
 
-_KEY_WORDS: Final = frozenset({"k_proj", "key_proj", "key", "k", "wk", "attn_k", "k_lin", "to_k"})
-_VALUE_WORDS: Final = frozenset({"v_proj", "value_proj", "value", "v", "wv", "attn_v", "v_lin", "to_v"})
+_KEY_WORDS: Final = frozenset({"k_proj", "key_proj", "key", "k", "wk", "attn_k", "k_lin", "to_k", "cross_attn_k"})
+_VALUE_WORDS: Final = frozenset({"v_proj", "value_proj", "value", "v", "wv", "attn_v", "v_lin", "to_v", "cross_attn_v"})
 _LATENT_WORDS: Final = frozenset({"kv_a_proj_with_mqa", "attn_kv_a_mqa"})
 _FUSED_WORDS: Final = frozenset(
     {
@@ -43,7 +43,13 @@ _BARE_WORDS: Final = frozenset({"k", "v", "key", "value", "wk", "wv"})
 #: What must be around those bare words, which mean other things outside of attention (RWKV's feed-forward).
 _ATTENTION: Final = re.compile(r"(?:.*_)?(?:attn|attention|selfattention|encdecattention|mixer|indexer|self)(?:_.*)?")
 #: A parameter with such a name makes its module recurrent: it has a state, and its projections fill no cache.
-_STATE_WORDS: Final = frozenset({"A_log", "ssm_a", "rg_lru", "receptance"})
+_STATE_WORDS: Final = frozenset({"A_log", "ssm_a", "rg_lru", "receptance", "time_mix_receptance"})
+#: GGUF blocks have no modules: so is called what belongs to a state, and the projection into it.  Where there is none,
+#: the state is that of linear attention, to which the block's attention projections belong.
+_SSM_PREFIX: Final = "ssm_"
+_SSM_INPUT: Final = "ssm_in"
+#: Depthwise convolutions of GGUF.  They are (channels, width): no other shape than a projection's.
+_GGUF_CONVOLUTION: Final = re.compile(r"ssm\.ssm_conv1d(?:_[qkv])?|shortconv\.conv")
 _OUTPUT_WORDS: Final = frozenset({"out_proj", "o_proj", "ssm_out"})
 #: Integers of these dtypes are packed weights: the shape is not that of the matrix.
 _PACKED: Final = frozenset({"U8", "I32", "U32", "I16", "U16", "I64", "U64", "F4"})
@@ -51,8 +57,9 @@ _PACKED: Final = frozenset({"U8", "I32", "U32", "I16", "U16", "I64", "U64", "F4"
 #: Stacks that are run once and keep nothing: towers of other modalities, codecs; prediction beyond the next token.
 _OTHER_STACK: Final = re.compile(
     r"(?:.*_)?(?:vision|visual|image|img|vit|video|audio|codec|vae|vq\w*|sam|siglip|clip|mtp|nextn|q_?former"
-    r"|resampler|perceiver|projector|connector|depth)(?:_.*)?\d*"
+    r"|resampler|perceiver|projector|connector|depth)(?:_.*)?\d*|[av]"
 )
+_ENCODES: Final = frozenset({"encoder", "enc"})
 _GENERATES: Final = re.compile(r"CausalLM|LMHead|ConditionalGeneration|Seq2Seq|SpeechToText|TextToSpeech|Chat")
 
 _STATE_KEYS: Final = ("mamba_d_state", "ssm_state_size", "mamba_state_size", "state_size", "linear_key_head_dim")
@@ -119,7 +126,7 @@ def _decoder_stacks(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
     for layer in layers:
         if layer.stack is not None and not any(map(_OTHER_STACK.fullmatch, layer.stack.split("."))):
             stacks.setdefault(layer.stack, []).append(layer)
-    decoding = {name: blocks for name, blocks in stacks.items() if "encoder" not in re.split(r"[._]", name)}
+    decoding = {name: blocks for name, blocks in stacks.items() if not _ENCODES & set(re.split(r"[._]", name))}
     return decoding or stacks
 
 
@@ -129,7 +136,12 @@ def _cache_of(
     """Return what a block keeps (nothing for one that has neither attention nor a state), None if unknown."""
     modules = _modules(block, tensors)
     recurrent = [path for path, parts in modules.items() if _STATE_WORDS & parts.keys()]
-    state = sum(info.params for parts in modules.values() for info in parts.values() if _is_depthwise(info))
+    state = sum(
+        info.params
+        for path, parts in modules.items()
+        for word, info in parts.items()
+        if _is_depthwise(info) or _GGUF_CONVOLUTION.fullmatch(f"{path}.{word}")
+    )
     for path in recurrent:
         own = _state_elements(modules[path], text)
         if own is None:
@@ -157,8 +169,12 @@ def _modules(block: Layer, tensors: Mapping[str, TensorInfo]) -> dict[str, dict[
             path.pop()
         if "rg_lru" in path:
             path = path[: path.index("rg_lru") + 1]
+        if path[-1].startswith(_SSM_PREFIX):
+            path.insert(-1, "ssm")
         if path[-1] != "bias":
             modules.setdefault(".".join(path[:-1]), {}).setdefault(path[-1], tensors[name])
+    if "ssm" in modules and _SSM_INPUT not in modules["ssm"]:
+        modules["ssm"] |= modules.pop("", {})
     return modules
 
 

@@ -9,7 +9,8 @@ from mmsplit.planning.misfit import misfit_error
 from mmsplit.planning.node_problem import NodeProblem, NodeRequest
 from mmsplit.planning.placement import Placement
 from mmsplit.planning.plan import Balance, NodePlacement, Plan, PlannedNode
-from mmsplit.planning.planner import By, PlanRequest, TiedMode, arrange_checkpoint, plan_arranged, plan_checkpoint
+from mmsplit.planning.planner import By, PlanRequest, plan_arranged, plan_checkpoint
+from mmsplit.planning.units import TiedMode, arrange_checkpoint
 
 
 def plan_for_nodes(
@@ -21,7 +22,8 @@ def plan_for_nodes(
     `PlanError`, which says by how much the model does not fit, and what would.
     """
     arrangement = arrange_checkpoint(checkpoint, tied)
-    layers = [unit.layer for unit in (*arrangement.units, *arrangement.moved) if unit.tie is None]
+    units = (*arrangement.units, *(moved.unit for moved in arrangement.moved))
+    layers = [unit.layer for unit in units if unit.layer.tensors]
     facts = ModelFacts(layers, checkpoint.tensors, checkpoint.config)
     problem = NodeProblem(arrangement, facts, request, by)
     any_order = request.nodes.order == "any"

@@ -13,7 +13,8 @@ from mmsplit.layers import Layer
 from mmsplit.planning.memory_needs import MemoryRequest, ModelFacts, ModelNeeds, Needs
 from mmsplit.planning.nodes import Node, NodeList
 from mmsplit.planning.placement import MAX_SETS, PlacementProblem, Site
-from mmsplit.planning.planner import Arrangement, By, unit_load
+from mmsplit.planning.planner import By, unit_load
+from mmsplit.planning.units import Arrangement
 
 #: What is made as small as possible: the fullest memory, the slowest stage, the largest part beyond a node's share.
 Objective = Literal["memory", "speed", "share"]

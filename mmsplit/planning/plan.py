@@ -7,7 +7,8 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from mmsplit.checkpoint import Shard, TensorInfo
+from mmsplit.checkpoint import ByteRange, Shard, TensorInfo, TensorView
+from mmsplit.checkpoint.cover import first_byte_not_covered_once
 from mmsplit.errors import PlanError, RequestError
 from mmsplit.planning.memory_needs import MemoryRequest, Needs
 from mmsplit.planning.nodes import Node
@@ -19,7 +20,8 @@ class PlannedLayer(NamedTuple):
     `tied_to` is set where the layer's one tensor is stored elsewhere under its own name and used here as `alias`:
     the partition of that id holds the original.  `stored` says whether this partition has bytes for the
     layer's tensors: false for a tied layer that only refers to the original.  `moved` layers do not lie where
-    forward order would have them, but with the weight they are tied to ("colocate").
+    forward order would have them, but with the weight they are tied to ("colocate").  `views` are the names of the
+    state dict that see one of these tensors, in a tied layer only its alias.
     """
 
     name: str
@@ -31,6 +33,7 @@ class PlannedLayer(NamedTuple):
     tied_to: int | None = None
     stored: bool = True
     moved: bool = False
+    views: tuple[TensorView, ...] = ()
 
     @property
     def total_params(self) -> int:
@@ -235,31 +238,43 @@ def sorted_part_ids(only: Collection[int], num_parts: int) -> tuple[int, ...]:
 def require_every_byte_accounted_for(
     partitions: Sequence[PlannedPartition], shards: Sequence[Shard], tensors: Mapping[str, TensorInfo]
 ) -> None:
-    """Hold the plan to its law: each byte of each shard is header, or in one partition, or in several as a
-    recorded tie.  Raises `PlanError` on the first byte that is not.
+    """Hold the plan to its law: each byte of each shard is kept, or in one partition, or in several as a recorded tie.
+
+    Raises `PlanError` on the first byte that is not.
     """
-    owner: dict[str, int] = {}
+    placed: dict[str, list[ByteRange]] = {}
     for part in partitions:
         for layer in part.layers:
-            if layer.alias is not None:
-                continue
-            for tensor in layer.tensors:
-                if tensor.name in owner:
-                    raise PlanError("tensor is in two layers without being tied", tensor=tensor.name)
-                if not layer.stored:
-                    raise PlanError("tensor is stored nowhere", tensor=tensor.name)
-                owner[tensor.name] = part.part_id
-    for name in tensors:
-        if name not in owner:  # said here for tensors without bytes, too
-            raise PlanError("tensor is in no partition", tensor=name)
-    ranges: dict[str, list[tuple[int, int]]] = {shard.name: [(0, shard.header_bytes)] for shard in shards}
+            if layer.alias is None:
+                for tensor in layer.tensors:
+                    if not layer.stored:
+                        raise PlanError("tensor is stored nowhere", tensor=tensor.name)
+                    placed.setdefault(tensor.name, []).append((tensor.start_offset, tensor.stop_offset))
+    for name, tensor in tensors.items():  # said here for tensors without bytes, too
+        _require_whole(tensor, sorted(placed.pop(name, [])))
+    for name in placed:
+        raise PlanError("tensor is not of this checkpoint", tensor=name)
+    ranges: dict[str, list[ByteRange]] = {shard.name: list(shard.kept) for shard in shards}
     for tensor in tensors.values():
         ranges[tensor.shard].append((tensor.start_offset, tensor.stop_offset))
+        for place in tensor.also:
+            ranges[place.shard].append((place.start_offset, place.stop_offset))
     for shard in shards:
-        position = 0
-        for start, stop in sorted(ranges[shard.name]):
-            if start != position:
-                break
-            position = stop
-        if position != shard.size_bytes:
-            raise PlanError("byte of the source has no place in the plan", path=shard.location, offset=position)
+        offset = first_byte_not_covered_once(ranges[shard.name], shard.size_bytes)
+        if offset is not None:
+            raise PlanError("byte of the source has no place in the plan, or two", path=shard.location, offset=offset)
+
+
+def _require_whole(tensor: TensorInfo, placed: list[ByteRange]) -> None:
+    """Raise `PlanError` unless a tensor is in one place, or in slices that follow each other."""
+    if not placed:
+        raise PlanError("tensor is in no partition", tensor=tensor.name)
+    position = tensor.start_offset
+    for start, stop in placed:
+        if start < position or (start == stop and len(placed) > 1):
+            raise PlanError("tensor is in two layers without being tied", tensor=tensor.name)
+        if start > position:
+            break
+        position = stop
+    if position != tensor.stop_offset:
+        raise PlanError("part of a tensor is in no partition", tensor=tensor.name, offset=position)

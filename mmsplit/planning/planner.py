@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Final, Literal, get_args
 
 from mmsplit.checkpoint import Checkpoint, TensorInfo
 from mmsplit.errors import PlanError
-from mmsplit.layers import Layer, build_layer_map
-from mmsplit.planning.assignment import Load, TiedUnits, assign_contiguous
+from mmsplit.layers import Layer
+from mmsplit.planning.assignment import Load, assign_contiguous
 from mmsplit.planning.plan import (
     Balance,
     Plan,
@@ -19,13 +19,10 @@ from mmsplit.planning.plan import (
     PlannedPartition,
     require_every_byte_accounted_for,
 )
-from mmsplit.planning.ties import Tie, find_ties
+from mmsplit.planning.units import Arrangement, TiedMode, Unit, arrange_checkpoint, checkpoint_units
 
 #: What a partition's load is measured in.
 By = Literal["bytes", "params", "layers"]
-#: What becomes of a tied weight that a later partition needs: it gets a copy of its own, a reference to the
-#: partition that has it, or the layers that use it move to that partition.
-TiedMode = Literal["duplicate", "reference", "colocate"]
 MAX_PARTS: Final = 65_535
 
 
@@ -45,44 +42,10 @@ class PlanRequest:
     tied: TiedMode = "duplicate"
 
 
-class Unit(NamedTuple):
-    """What a cut cannot divide: a layer, or one that uses a tied weight stored elsewhere."""
-
-    layer: Layer
-    tie: Tie | None
-
-
-class Arrangement(NamedTuple):
-    """What there is to assign: `units` in forward order, to be cut into runs; `moved` units go wherever unit
-    `stored_unit` goes, which holds the tied weight.  `copied`: each other run that uses the weight holds it, too.
-    """
-
-    units: tuple[Unit, ...]
-    moved: tuple[Unit, ...]
-    stored_unit: int
-    copied: TensorInfo | None
-    notes: tuple[str, ...]
-
-    def load(self, layer_cost: Callable[[Layer], int], copy_cost: Callable[[TensorInfo], int]) -> Load:
-        """Return the cost of any run of units, given that of a layer and that of a copy of the tied weight."""
-
-        def cost(unit: Unit) -> int:
-            return 0 if unit.tie is not None else layer_cost(unit.layer)
-
-        tied = []
-        if self.copied is not None:
-            uses = tuple(i for i, unit in enumerate(self.units) if unit.tie is not None)
-            tied.append(TiedUnits(self.stored_unit, uses, copy_cost(self.copied)))
-        follow = (self.stored_unit, sum(map(cost, self.moved))) if self.moved else None
-        return Load([cost(unit) for unit in self.units], tied, follow)
-
-
 def checkpoint_layers(checkpoint: Checkpoint) -> tuple[tuple[PlannedLayer, ...], tuple[str, ...]]:
     """Return all layers of a checkpoint in forward order, and all notes on them."""
-    layer_map = build_layer_map(checkpoint.tensors, checkpoint.config)
-    _, tie_notes = find_ties(layer_map, checkpoint.config)
-    layers = tuple(_planned(layer, checkpoint.tensors) for layer in layer_map.layers)
-    return layers, (*checkpoint.notes, *layer_map.notes, *tie_notes)
+    units, notes = checkpoint_units(checkpoint)
+    return tuple(_planned(unit, checkpoint.tensors) for unit in units if unit.layer.tensors), notes
 
 
 def plan_checkpoint(checkpoint: Checkpoint, request: PlanRequest) -> Plan:
@@ -90,30 +53,9 @@ def plan_checkpoint(checkpoint: Checkpoint, request: PlanRequest) -> Plan:
     return plan_arranged(checkpoint, arrange_checkpoint(checkpoint, request.tied), request)
 
 
-def arrange_checkpoint(checkpoint: Checkpoint, tied: TiedMode) -> Arrangement:
-    """Return what there is to assign.  Raises `PlanError` for an unknown way to treat tied weights."""
-    if tied not in get_args(TiedMode):
-        raise PlanError(
-            f"no such way to treat tied weights: {tied!r}", hint=f"Possible are {', '.join(get_args(TiedMode))}."
-        )
-    layer_map = build_layer_map(checkpoint.tensors, checkpoint.config)
-    ties, tie_notes = find_ties(layer_map, checkpoint.config)
-    units, moved = _arrange(layer_map.layers, ties, tied)
-    unit_of = {name: i for i, unit in enumerate(units) if unit.tie is None for name in unit.layer.tensors}
-    used = next((unit.tie.tensor for unit in (*units, *moved) if unit.tie is not None), None)
-    copies = tied == "duplicate" and any(unit.tie is not None for unit in units)
-    return Arrangement(
-        tuple(units),
-        moved,
-        stored_unit=0 if used is None else unit_of[used],
-        copied=checkpoint.tensors[used] if used is not None and copies else None,
-        notes=(*checkpoint.notes, *layer_map.notes, *tie_notes),
-    )
-
-
 def plan_arranged(checkpoint: Checkpoint, arrangement: Arrangement, request: PlanRequest) -> Plan:
     """Plan as `plan_checkpoint` does; the arrangement is that of `request.tied`."""
-    units, home_unit = arrangement.units, arrangement.stored_unit
+    units = arrangement.units
     weights = _shares(request, len(units))
     load = unit_load(arrangement, checkpoint.tensors, request.by)
     if request.boundaries is not None:
@@ -122,18 +64,7 @@ def plan_arranged(checkpoint: Checkpoint, arrangement: Arrangement, request: Pla
         first = assign_contiguous(load, weights, unit_load(arrangement, checkpoint.tensors, "bytes"))
     stops = (*first[1:], len(units))
     ranges = tuple(zip(first, stops, strict=True))
-    home = next((k for k, (start, stop) in enumerate(ranges) if home_unit in range(start, stop)), 0)
-    partitions = tuple(
-        _partition(
-            part_id,
-            units[start:stop],
-            arrangement.moved if part_id == home else (),
-            checkpoint.tensors,
-            request.tied,
-            home,
-        )
-        for part_id, (start, stop) in enumerate(ranges)
-    )
+    partitions = _partitions(arrangement, ranges)
     require_every_byte_accounted_for(partitions, checkpoint.shards, checkpoint.tensors)
     loads = tuple(load.of(start, stop) for start, stop in ranges)
     notes = (*arrangement.notes, *_tie_remarks(partitions))
@@ -153,26 +84,6 @@ def unit_load(arrangement: Arrangement, tensors: Mapping[str, TensorInfo], by: B
         return sum(size(tensors[name]) for name in layer.tensors)
 
     return arrangement.load(cost, (lambda _: 0) if by == "layers" else size)
-
-
-def _arrange(layers: Sequence[Layer], ties: Sequence[Tie], tied: TiedMode) -> tuple[list[Unit], tuple[Unit, ...]]:
-    """Put the tied layers where they run; with "colocate" set those aside that move to the stored weight."""
-    units: list[Unit] = []
-    for position, layer in enumerate([*layers, None]):
-        units.extend(Unit(tie.layer, tie) for tie in ties if tie.position == position)
-        if layer is not None:
-            units.append(Unit(layer, None))
-    if tied != "colocate" or not ties:
-        return units, ()
-    # The head moves to the embedding, and with it what runs after the last block: the hidden state goes there once.
-    last_block = max((i for i, unit in enumerate(units) if unit.layer.stack is not None), default=-1)
-    tail = {
-        i
-        for i, unit in enumerate(units)
-        if i > last_block and last_block >= 0 and unit.layer.layer_type in ("norm", "head")
-    }
-    aside = {i for i, unit in enumerate(units) if unit.tie is not None} | tail
-    return [unit for i, unit in enumerate(units) if i not in aside], tuple(units[i] for i in sorted(aside))
 
 
 def _shares(request: PlanRequest, unit_count: int) -> tuple[Fraction, ...]:
@@ -244,30 +155,49 @@ def _first_of_boundaries(boundaries: Sequence[str], names: Sequence[str]) -> tup
     return tuple(first)
 
 
-def _planned(layer: Layer, tensors: Mapping[str, TensorInfo]) -> PlannedLayer:
+def _planned(unit: Unit, tensors: Mapping[str, TensorInfo]) -> PlannedLayer:
+    layer = unit.layer
     infos = tuple(tensors[name] for name in layer.tensors)
-    return PlannedLayer(layer.name, layer.layer_type, layer.stack, layer.block_index, infos)
+    return PlannedLayer(layer.name, layer.layer_type, layer.stack, layer.block_index, infos, views=unit.views)
 
 
-def _partition(
-    part_id: int,
-    units: Sequence[Unit],
-    moved: Sequence[Unit],
-    tensors: Mapping[str, TensorInfo],
-    tied: TiedMode,
-    home: int,
-) -> PlannedPartition:
-    layers = []
+def _partitions(arrangement: Arrangement, ranges: Sequence[tuple[int, int]]) -> tuple[PlannedPartition, ...]:
+    """Fill each partition with its run of units and what moved there."""
+    run_of = [part_id for part_id, (start, stop) in enumerate(ranges) for _ in range(start, stop)]
+    homes = {tensor: run_of[unit] for tensor, unit in arrangement.stored_in.items()}
+    return tuple(
+        PlannedPartition(
+            part_id,
+            tuple(
+                _layers_of(
+                    [(unit, False) for unit in arrangement.units[start:stop]]
+                    + [(moved.unit, True) for moved in arrangement.moved if run_of[moved.home] == part_id],
+                    part_id,
+                    homes,
+                    arrangement,
+                )
+            ),
+        )
+        for part_id, (start, stop) in enumerate(ranges)
+    )
+
+
+def _layers_of(
+    units: Sequence[tuple[Unit, bool]], part_id: int, homes: Mapping[str, int], arrangement: Arrangement
+) -> Iterator[PlannedLayer]:
+    """Yield the layers of a partition; units come with whether they moved there."""
     copied: set[str] = set()
-    for unit in (*units, *moved):
-        planned = _planned(unit.layer, tensors)
-        if unit.tie is not None:
+    for unit, moved in units:
+        if unit.layer.tensors:
+            yield _planned(unit, arrangement.tensors)._replace(moved=moved)
+        for tie in unit.uses:
             # The first use in a partition brings the bytes, unless they are here or only referred to.
-            copies = tied == "duplicate" and part_id != home and unit.tie.tensor not in copied
-            copied.add(unit.tie.tensor)
-            planned = planned._replace(alias=unit.tie.alias, tied_to=home, stored=copies)
-        layers.append(planned._replace(moved=unit in moved))
-    return PlannedPartition(part_id, tuple(layers))
+            copies = arrangement.copies and part_id != homes[tie.tensor] and tie.tensor not in copied
+            copied.add(tie.tensor)
+            view = arrangement.views.get(tie.alias)
+            yield _planned(Unit(tie.layer, views=() if view is None else (view,)), arrangement.tensors)._replace(
+                alias=tie.alias, tied_to=homes[tie.tensor], stored=copies, moved=moved
+            )
 
 
 def _tie_remarks(partitions: Sequence[PlannedPartition]) -> list[str]:

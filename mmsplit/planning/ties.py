@@ -6,7 +6,7 @@ cross-checks; where it disagrees that is a note.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from mmsplit.layers import Layer, LayerMap
@@ -24,8 +24,20 @@ _TOKEN_EMBEDDINGS: Final = (
 )
 #: Ends of class names that produce logits over the vocabulary, so that a head must be somewhere.
 _WITH_HEAD: Final = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-_HEAD_WEIGHT: Final = "lm_head.weight"
-_DECODER_EMBEDDING: Final = "decoder.embed_tokens.weight"
+
+
+class _Names(NamedTuple):
+    """What a way of naming calls the head's weight, the stack that decodes, and the embedding of its own."""
+
+    head_weight: str
+    decoder: str
+    decoder_embedding: str
+
+
+_HUB_NAMES: Final = _Names("lm_head.weight", "decoder", "decoder.embed_tokens.weight")
+#: GGUF has no name for a decoder's own embedding: this one is made like its others.
+_GGUF_NAMES: Final = _Names("output.weight", "dec", "dec.token_embd.weight")
+_GGUF_EMBEDDING: Final = "token_embd.weight"
 
 
 class Tie(NamedTuple):
@@ -40,8 +52,13 @@ class Tie(NamedTuple):
     position: int
 
 
-def find_ties(layer_map: LayerMap, config: Mapping[str, object] | None) -> tuple[tuple[Tie, ...], tuple[str, ...]]:
-    """Return the ties of a checkpoint in forward order, and notes."""
+def find_ties(
+    layer_map: LayerMap, config: Mapping[str, object] | None, views: Collection[str] = ()
+) -> tuple[tuple[Tie, ...], tuple[str, ...]]:
+    """Return the ties of a checkpoint that no name speaks of, in forward order, and notes.
+
+    `views` are names that are not stored: they see the bytes of another tensor.
+    """
     layers = layer_map.layers
     names = {name for layer in layers for name in layer.tensors}
     embedding = _token_embedding(layers)
@@ -51,23 +68,24 @@ def find_ties(layer_map: LayerMap, config: Mapping[str, object] | None) -> tuple
     if embedding is None or not _needs_head(config, has_blocks=any(layer.stack for layer in layers)):
         return (), ()
     ties = []
-    decoder_start = _first_block(layers, "decoder")
+    called = _GGUF_NAMES if embedding == _GGUF_EMBEDDING else _HUB_NAMES
+    decoder_start = _first_block(layers, called.decoder)
     if (
         decoder_start is not None
-        and embedding.endswith("shared.weight")
-        and not any(name.endswith(_DECODER_EMBEDDING) for name in names)
+        and embedding.endswith(("shared.weight", _GGUF_EMBEDDING))
+        and not any(name.endswith(called.decoder_embedding) for name in names)
     ):
-        ties.append(_tie(layers, "embedding", _DECODER_EMBEDDING, embedding, decoder_start))
+        ties.append(_tie(layers, "embedding", called.decoder_embedding, embedding, decoder_start))
     notes: tuple[str, ...] = ()
     if not has_head:
-        ties.append(_tie(layers, "head", _HEAD_WEIGHT, embedding, len(layers)))
+        ties.append(_tie(layers, "head", called.head_weight, embedding, len(layers)))
         if declared is False:
             notes = (
                 f"config.json says tie_word_embeddings is false, but no header has a head; {embedding} is taken"
                 " to be tied to it",
             )
-    elif declared is True and _HEAD_WEIGHT in names:
-        notes = (f"config.json says the head is tied, but {_HEAD_WEIGHT} is stored too; both are kept",)
+    elif declared is True and called.head_weight in names and called.head_weight not in views:
+        notes = (f"config.json says the head is tied, but {called.head_weight} is stored too; both are kept",)
     return tuple(ties), notes
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 from typing import Final, Literal
 
 from mmsplit.checkpoint import TensorInfo
+from mmsplit.checkpoint.gguf_types import GGML_TYPES
 from mmsplit.dtypes import DTYPES
 
 TrainingMethod = Literal["adamw", "sgd", "lora"]
@@ -35,7 +36,11 @@ _ADAPTER_BYTES: Final = 16
 #: Dtypes in which weights are trained.  Others are quantised weights, indices or masks.
 _TRAINED: Final = frozenset({"F16", "BF16", "F32", "F64"})
 #: Dtypes whose shape is that of the matrix, so that the size of an adapter is known.
-_WHOLE_MATRICES: Final = _TRAINED | {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8"}
+_WHOLE_MATRICES: Final = (
+    _TRAINED
+    | {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8"}
+    | {kind.name for kind in GGML_TYPES.values() if kind.block_elements > 1}
+)
 
 
 def is_trained(tensor: TensorInfo) -> bool:
@@ -59,6 +64,7 @@ def _adapter_params(tensor: TensorInfo, rank: int) -> int:
         return 0
     if len(tensor.shape) == 2 and min(tensor.shape) > 1:
         return rank * sum(tensor.shape)
-    if len(tensor.shape) == 3 and "expert" in tensor.name:  # packed experts: a pair of adapters for each
+    is_packed_experts = "expert" in tensor.name or "_exps." in tensor.name
+    if len(tensor.shape) == 3 and is_packed_experts:  # a pair of adapters for each
         return tensor.shape[0] * rank * sum(tensor.shape[1:])
     return 0

@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from mmsplit.checkpoint import Storage, choose_checkpoint_files
-from mmsplit.checkpoint.directory import MAX_SMALL_FILE_BYTES, WEIGHT_SUFFIXES
+from mmsplit.checkpoint.weight_files import WEIGHT_SUFFIXES, form_of, index_form
 from mmsplit.errors import CheckpointError, RequestError
-
-_SAFETENSORS: Final = ".safetensors"
-#: Formats of which a repository has one set of weights, in order of preference; of others it may have many.
-_OTHER_FORMATS: Final = (".bin", ".pth", ".pt")
-#: Families that libraries look for, and what else is written beside them: optimizer states and settings of a training.
-_FAMILY: Final = "pytorch_model"
-_NOT_WEIGHTS: Final = ("optimizer", "scheduler", "training_args", "rng_state", "scaler")
 
 
 class ChosenFiles(NamedTuple):
@@ -55,12 +48,8 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _choose(storage: Storage) -> ChosenFiles:
-    if any(name.endswith(_SAFETENSORS) for name in storage.names()):
-        files = choose_checkpoint_files(storage)
-        index = (files.index_name,) if files.index_name is not None else ()
-        return ChosenFiles((*files.shards, *index, *files.small_files), files.notes)
-    weights = _other_weights(storage.names())
-    if not weights:
+    names = storage.names()
+    if not any(form_of(name) or index_form(name) for name in names):
         below = [name for name, _ in storage.walk(True, []) if PurePosixPath(name).suffix in WEIGHT_SUFFIXES]
         raise CheckpointError(
             "no weights at the top of the repository that could be chosen",
@@ -68,22 +57,9 @@ def _choose(storage: Storage) -> ChosenFiles:
             found=_shown(below) if below else "no weights at all",
             hint="Say which files to download: --include 'NAME' or --include 'FOLDER/*'",
         )
-    small = [
-        name
-        for name, size in storage.walk(True, [])
-        if PurePosixPath(name).suffix not in WEIGHT_SUFFIXES and (size or 0) <= MAX_SMALL_FILE_BYTES
-    ]
-    return ChosenFiles((*weights, *small), (f"no safetensors: {weights[0]} and its like are chosen instead",))
-
-
-def _other_weights(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the weights of the best other format: its usual family, else all of that format.  Pure."""
-    for suffix in _OTHER_FORMATS:
-        members = [name for name in names if name.endswith(suffix) and not name.startswith(_NOT_WEIGHTS)]
-        usual = [name for name in members if name.startswith(_FAMILY)]
-        if members:
-            return tuple(usual or members)
-    return ()
+    files = choose_checkpoint_files(storage)
+    index = (files.index_name,) if files.index_name is not None else ()
+    return ChosenFiles((*files.shards, *index, *files.small_files), files.notes)
 
 
 def _shown(names: Sequence[str]) -> str:

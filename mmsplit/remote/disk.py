@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
+from mmsplit.durable import make_directory, sync_directory
 from mmsplit.errors import NoSpaceError, OutputError
 from mmsplit.remote.remote_file import GoOn, never_stop
 
@@ -44,7 +45,7 @@ def locked(path: Path, go_on: GoOn = never_stop) -> Iterator[None]:
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # imported there, not listed
 
     with download_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)  # it may be the first that is made in a new cache
     with ExitStack() as stack:
         while True:
             go_on()
@@ -60,13 +61,17 @@ def locked(path: Path, go_on: GoOn = never_stop) -> Iterator[None]:
 def write_small_file(path: Path, text: str) -> None:
     """Write a small file of bookkeeping so that nobody ever reads a part of it, whoever else writes it."""
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    sync_directory(path.parent)
 
 
 def require_space(directory: Path, needed_bytes: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from mmsplit.durable import make_directory
 from mmsplit.errors import IntegrityError
 from mmsplit.remote.content_hash import Add, ContentHash, add_nothing, hash_prefix
 from mmsplit.remote.disk import download_errors
@@ -51,7 +52,7 @@ def download_file(
     for _ in range(_ATTEMPTS):
         content = ContentHash(file)
         with download_errors(partial):
-            partial.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(partial.parent)
             start = _take_up(partial, file, content, add, go_on)
         received += _append(remote, file, partial, start, content, add, go_on)
         found = content.etag()

@@ -14,6 +14,7 @@ A content under construction is called ETAG.mmsplit.incomplete: a name that hugg
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -21,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Final, Protocol
 
-from mmsplit.durable import sync_directory
+from mmsplit.durable import make_directory, sync_directory
 from mmsplit.errors import RequestError
 from mmsplit.remote.disk import download_errors, write_small_file
 from mmsplit.remote.file_download import PARTIAL_SUFFIX
@@ -29,6 +30,10 @@ from mmsplit.remote.repository import HubFile, HubRepository, is_safe_name
 
 #: File times and clocks differ by this much without anybody having touched the file; huggingface_hub's own figure.
 _TIME_SLACK_SECONDS: Final = 1.0
+
+
+#: What a machine says that could make a link at another time; anything else says that there are no links here.
+_SHORTAGES: Final = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EIO, errno.ENOMEM, errno.EINTR)
 
 
 class Place(Protocol):
@@ -162,14 +167,16 @@ class HubCache:
         from huggingface_hub import constants
 
         path = self.path(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         if getattr(constants, "HF_HUB_DISABLE_SYMLINKS", False):
             return False
         link = self.blob(file).with_name(f"{file.etag}.mmsplit.link")  # not in the snapshot, should it be left behind
         link.unlink(missing_ok=True)
         try:
             link.symlink_to(os.path.relpath(self.blob(file), path.parent))
-        except (OSError, NotImplementedError):
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno in _SHORTAGES:
+                raise
             return False
         os.replace(link, path)
         return True
@@ -230,7 +237,7 @@ class LocalFolder:
     def install(self, file: HubFile) -> None:
         """Rename the content to the file, replacing what was there, and write the note."""
         path = self.path(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         os.replace(self.partial(file), path)
         sync_directory(path.parent)
         self._write_note(file)

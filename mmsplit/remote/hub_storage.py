@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Final
@@ -131,7 +131,7 @@ class HubStorage:
 
     def open_shard(self, name: str, io: IoMode, identity: Identity | None = None) -> RangeReader:  # noqa: ARG002
         """Open a shard to read single ranges of it."""
-        return _HubReader(self.repository.open_file(name), self._heads.get(name, b""), None)
+        return _HubReader(self.repository.open_file(name), self._heads.get(name, b""), None, self._connections)
 
     def open_readers(self, io: IoMode, identities: Mapping[str, Identity]) -> HubReaders:  # noqa: ARG002
         """Return readers that fetch ahead what is announced."""
@@ -160,6 +160,7 @@ class HubReaders:
     def __init__(self, repository: HubRepository, heads: Mapping[str, bytes], connections: int) -> None:
         self._repository = repository
         self._heads = heads
+        self._connections = connections
         self._fetcher = RangeFetcher(repository.open_file, connections)
 
     @property
@@ -175,7 +176,9 @@ class HubReaders:
     @contextmanager
     def lend(self, shard: str) -> Iterator[RangeReader]:
         """Lend a reader; nothing is requested for this."""
-        yield _HubReader(self._repository.open_file(shard), self._heads.get(shard, b""), self._fetcher)
+        yield _HubReader(
+            self._repository.open_file(shard), self._heads.get(shard, b""), self._fetcher, self._connections
+        )
 
     def cancel(self) -> None:
         """Wake everybody who waits for bytes."""
@@ -195,10 +198,11 @@ class HubReaders:
 class _HubReader:
     """Ranges of one shard: from what was fetched ahead, else by a request of their own."""
 
-    def __init__(self, file: RemoteFile, head: bytes, fetcher: RangeFetcher | None) -> None:
+    def __init__(self, file: RemoteFile, head: bytes, fetcher: RangeFetcher | None, connections: int) -> None:
         self._file = file
         self._head = head
         self._fetcher = fetcher
+        self._connections = connections
 
     @property
     def size_bytes(self) -> int:
@@ -218,6 +222,17 @@ class _HubReader:
         if stop <= len(self._head):
             return self._head[start:stop]
         return self._file.read(start, stop)
+
+    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        found: dict[tuple[int, int], bytes] = {}
+        jobs = JobStream(iter(ranges))
+
+        def fetch(wanted: tuple[int, int]) -> None:
+            found[wanted] = self.read(*wanted)
+
+        with WorkerGroup() as group:
+            group.start_many("range", min(self._connections, len(ranges)), jobs, lambda: fetch)
+        return [found[wanted] for wanted in ranges]
 
     def close(self) -> None:
         pass

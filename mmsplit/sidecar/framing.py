@@ -58,6 +58,12 @@ def require_payload_header(block: bytes, path: str) -> None:
     require_version(int.from_bytes(block[8:12], "little"), path)
 
 
+def is_sound_header(block: bytes) -> bool:
+    """Whether the first `HEADER_BYTES` of a file are such a header, whichever partition it is of."""
+    checksum = _CHECKSUM.pack(xxhash.xxh3_64_intdigest(block[: _HEADER.size]))
+    return block.startswith(MAGIC) and checksum == block[_HEADER.size : HEADER_BYTES]
+
+
 def require_version(version: object, path: str) -> None:
     """Refuse a format version that this mmsplit does not read."""
     if version != FORMAT_VERSION or isinstance(version, bool):

@@ -11,6 +11,8 @@ import json
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+from mmsplit.checkpoint.strided import reach_count
+from mmsplit.checkpoint.tensor import SourcePlace, TensorView
 from mmsplit.dtypes import DTYPES
 from mmsplit.errors import FormatError, IntegrityError
 from mmsplit.sidecar.framing import FORMAT_VERSION, require_version
@@ -36,8 +38,9 @@ def payload_name(part_id: int) -> str:
 class TensorEntry(NamedTuple):
     """One tensor in a partition.  Chunks [`first_chunk`, `first_chunk + chunk_count`) of its index hold it.
 
-    `source_start` and `source_stop` are the half-open byte range in the source shard's file.  `xxh3` is None in a
-    layer that is not stored here.
+    `source_start` and `source_stop` are the half-open byte range in the source shard's file; `also` are other places of
+    the source with the same bytes.  A `hidden` one is none of the state dict: only views see it, or nobody.  `xxh3` is
+    None in a layer that is not stored here.
     """
 
     name: str
@@ -51,12 +54,18 @@ class TensorEntry(NamedTuple):
     shard: str
     source_start: int
     source_stop: int
+    also: tuple[SourcePlace, ...] = ()
+    hidden: bool = False
+
+    def places(self) -> tuple[SourcePlace, ...]:
+        """Return every place of the source that holds these bytes, the tensor's own first."""
+        return (SourcePlace(self.name, self.shard, self.source_start, self.source_stop), *self.also)
 
 
 class LayerEntry(NamedTuple):
     """One layer in a partition; payload bytes [`start`, `stop`) hold it, padding included.
 
-    `alias`, `tied_to` and `stored` as in `planning.PlannedLayer`.
+    `alias`, `tied_to`, `stored` and `views` as in `planning.PlannedLayer`.
     """
 
     name: str
@@ -70,6 +79,7 @@ class LayerEntry(NamedTuple):
     alias: str | None
     tied_to: int | None
     stored: bool
+    views: tuple[TensorView, ...] = ()
 
     @property
     def total_params(self) -> int:
@@ -155,11 +165,28 @@ def _format_layer(layer: LayerEntry) -> str:
     }
     if layer.alias is not None:
         head |= {"alias": layer.alias, "tied_to": layer.tied_to, "stored": layer.stored}
+    if layer.views:
+        head["views"] = [_view_json(view) for view in layer.views]
     tensors = ",\n".join(f"    {json.dumps(_tensor_json(tensor))}" for tensor in layer.tensors)
     return "  {" + json.dumps(head)[1:-1] + ', "tensors": [\n' + tensors + "\n  ]}"
 
 
+def _view_json(view: TensorView) -> dict[str, object]:
+    return {
+        "name": view.name,
+        "tensor": view.base,
+        "dtype": view.dtype,
+        "shape": view.shape,
+        "stride": view.stride,
+        "offset": view.offset_bytes,
+    }
+
+
 def _tensor_json(tensor: TensorEntry) -> dict[str, object]:
+    also = [
+        {"name": place.name, "shard": place.shard, "source_range": [place.start_offset, place.stop_offset]}
+        for place in tensor.also
+    ]
     return {
         "name": tensor.name,
         "dtype": tensor.dtype,
@@ -170,6 +197,8 @@ def _tensor_json(tensor: TensorEntry) -> dict[str, object]:
         "chunks": [tensor.first_chunk, tensor.chunk_count],
         "shard": tensor.shard,
         "source_range": [tensor.source_start, tensor.source_stop],
+        **({"also": also} if also else {}),
+        **({"hidden": True} if tensor.hidden else {}),
     }
 
 
@@ -234,19 +263,39 @@ def _parse_layer(fields: Fields) -> LayerEntry:
         alias=alias,
         tied_to=fields.optional("tied_to", int),
         stored=True if alias is None else fields.get("stored", bool),
+        views=tuple(_parse_view(view) for view in fields.each("views")) if "views" in fields.values else (),
     )
+
+
+def _parse_view(fields: Fields) -> TensorView:
+    return TensorView(
+        name=fields.get("name", str),
+        base=fields.get("tensor", str),
+        dtype=fields.get("dtype", str),
+        shape=_sizes(fields, "shape"),
+        stride=_sizes(fields, "stride"),
+        offset_bytes=fields.count("offset"),
+    )
+
+
+def _sizes(fields: Fields, key: str) -> tuple[int, ...]:
+    sizes = fields.get(key, list)
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        fields.fail(f"{key} is not a list of sizes")
+    return tuple(sizes)
+
+
+def _parse_place(fields: Fields) -> SourcePlace:
+    return SourcePlace(fields.get("name", str), fields.plain_name("shard"), *fields.pair("source_range"))
 
 
 def _parse_tensor(fields: Fields) -> TensorEntry:
     first, count = fields.pair("chunks")
     start, stop = fields.pair("source_range")
-    shape = fields.get("shape", list)
-    if not all(type(size) is int and size >= 0 for size in shape):
-        fields.fail("shape is not a list of sizes")
     return TensorEntry(
         name=fields.get("name", str),
         dtype=fields.get("dtype", str),
-        shape=tuple(shape),
+        shape=_sizes(fields, "shape"),
         params=fields.count("params"),
         size_bytes=fields.count("bytes"),
         xxh3=None if fields.values.get("xxh3") is None else fields.xxh3("xxh3"),
@@ -255,6 +304,8 @@ def _parse_tensor(fields: Fields) -> TensorEntry:
         shard=fields.plain_name("shard"),
         source_start=start,
         source_stop=stop,
+        also=tuple(_parse_place(place) for place in fields.each("also")) if "also" in fields.values else (),
+        hidden=fields.optional("hidden", bool) is True,
     )
 
 
@@ -280,6 +331,12 @@ def _require_consistent(manifest: Manifest, fields: Fields) -> None:
         position = layer.stop
         for tensor in layer.tensors:
             require(_fits_shape(tensor), "dtype and shape do not fit params and bytes", tensor.name)
+            for place in tensor.also:
+                same = place.stop_offset - place.start_offset == tensor.size_bytes
+                require(same, "another place of the source has another length", tensor.name)
+        sizes = {tensor.name: tensor.size_bytes for tensor in layer.tensors}
+        for view in layer.views:
+            require(_view_fits(view, sizes.get(view.base, -1)), "view does not lie in its tensor", view.name)
     require(position == manifest.data_stop, "the last layer does not end where the data ends")
     chunk = 0
     names: set[str] = set()
@@ -304,6 +361,14 @@ def _fits_shape(tensor: TensorEntry) -> bool:
     return known is None or (
         _product(tensor.shape) == tensor.params and tensor.params * known.bits == 8 * tensor.size_bytes
     )
+
+
+def _view_fits(view: TensorView, base_bytes: int) -> bool:
+    """Whether every element of a view lies in its tensor of `base_bytes`; its dtype must be known for that."""
+    known = DTYPES.get(view.dtype)
+    if known is None or known.bits % 8 or len(view.shape) != len(view.stride):
+        return base_bytes >= view.offset_bytes and len(view.shape) == len(view.stride)
+    return view.offset_bytes + reach_count(view.shape, view.stride) * known.bits // 8 <= base_bytes
 
 
 def _product(shape: Sequence[int]) -> int | None:

@@ -73,6 +73,8 @@ def _layer_entry(layer: PlannedLayer, index: ChunkIndex, first_chunk: int, start
                 tensor.shard,
                 tensor.start_offset,
                 tensor.stop_offset,
+                tensor.also,
+                tensor.hidden,
             )
         )
         chunk += count
@@ -93,5 +95,6 @@ def _layer_entry(layer: PlannedLayer, index: ChunkIndex, first_chunk: int, start
         layer.alias,
         layer.tied_to,
         layer.stored,
+        layer.views,
     )
     return entry, chunk

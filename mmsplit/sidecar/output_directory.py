@@ -18,8 +18,10 @@ from typing import Final, Literal
 
 import xxhash
 
+from mmsplit.durable import make_directory
 from mmsplit.errors import MmsplitError, NoSpaceError, OutputError, OutputExistsError, OutputLockedError
 from mmsplit.sidecar.framing import MAGIC
+from mmsplit.sidecar.layout import DATA_START
 from mmsplit.sidecar.manifest import manifest_name, parse_manifest, payload_name
 from mmsplit.sidecar.output_files import PARTIAL_SUFFIX, output_errors, sync_directory, write_whole_file
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest, parse_set_manifest
@@ -53,10 +55,11 @@ class OutputDirectory:
         self._lock_fd = -1
 
     def __enter__(self) -> OutputDirectory:
-        if self.path.exists() and not self.path.is_dir():
-            raise OutputExistsError("output is not a directory", path=self.path, hint="Give another -o DIR.")
         with output_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() and not self.path.is_dir():
+                raise OutputExistsError("output is not a directory", path=self.path, hint="Give another -o DIR.")
+            make_directory(self.path)
+        with output_errors(self.path / LOCK_NAME):
             self._lock_fd = _lock(self.path / LOCK_NAME)
         return self
 
@@ -89,7 +92,7 @@ class OutputDirectory:
             self.small_files = self._recorded_small_files()
             if part_ids is not None:
                 # Killed between the set manifest and the end of the state, a run leaves both.
-                own = {name for name in os.listdir(self.path) if _part_id_of(name) in (None, *part_ids)}
+                own = {name for name in self._listing() if _part_id_of(name) in (None, *part_ids)}
                 self.neighbours = self._finished_partitions(identity, own)
             return "unfinished"
         if manifest_path.exists():
@@ -116,7 +119,7 @@ class OutputDirectory:
 
         Files named in `ignored` do not count, nor what a run left that was killed while it wrote its first state.
         """
-        names = [name for name in os.listdir(self.path) if _OURS.match(name) and name not in ignored]
+        names = [name for name in self._listing() if _OURS.match(name) and name not in ignored]
         names = sorted(name for name in names if not name.startswith(STATE_NAME))
         found = set()
         for name in names:
@@ -242,12 +245,16 @@ class OutputDirectory:
                     hint="Bring it back, or use --force to split again.",
                 )
 
+    def _listing(self) -> list[str]:
+        with output_errors(self.path):
+            return os.listdir(self.path)
+
     def _find_own_files(self, part_ids: Collection[int] | None) -> None:
         """Find what mmsplit wrote here, for `remove_own_files`; a foreign file with a name of ours is refused.
 
         With `part_ids`, the files of other partitions are left alone.
         """
-        names = [name for name in os.listdir(self.path) if _OURS.match(name)]
+        names = [name for name in self._listing() if _OURS.match(name)]
         if part_ids is not None:
             names = [name for name in names if _part_id_of(name) in (None, *part_ids)]
         for name in names:
@@ -293,7 +300,7 @@ class OutputDirectory:
         except OutputExistsError:
             return None
         # Beside single partitions nobody recorded who wrote them.
-        return None if any(_part_id_of(name) is not None for name in os.listdir(self.path)) else {}
+        return None if any(_part_id_of(name) is not None for name in self._listing()) else {}
 
 
 def free_bytes(path: Path) -> int:
@@ -325,23 +332,24 @@ def _state_checksum(state: Mapping[str, object]) -> str:
 def _is_ours(path: Path) -> bool:
     """Whether a file that has a name of ours has our content, too.
 
-    A journal and half a JSON have no mark and go by their name; a payload has its header before anything else.
+    A journal and half a JSON have no mark and go by their name; a payload has its header before anything else, or,
+    after a loss of power, zeros in the place of a header that had not reached the disk.
     """
     if not path.is_file() or path.is_symlink():
         return False
     if path.name.endswith((".journal", f".json{PARTIAL_SUFFIX}")):
         return True
-    with path.open("rb") as file:
-        head = file.read(256)
+    with output_errors(path), path.open("rb") as file:
+        head = file.read(DATA_START)
     if path.name.endswith(f".bin{PARTIAL_SUFFIX}"):
-        return not head or head.startswith(MAGIC)
+        return not any(head) or head.startswith(MAGIC)
     return head.startswith(MAGIC) if path.suffix == ".bin" else b'"mmsplit-' in head
 
 
 def _lock(path: Path) -> int:
     """Take the lock file's lock; the loser of a race with its removal tries again on the new file."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             if not _try_lock(fd):
                 raise OutputLockedError(

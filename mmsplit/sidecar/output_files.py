@@ -12,10 +12,12 @@ from typing import Final
 
 from mmsplit import durable
 from mmsplit.checkpoint import FileReader, Scratch
-from mmsplit.errors import NoSpaceError, OutputError
+from mmsplit.errors import NoSpaceError, OutputError, OutputExistsError
 
 #: A file under construction is called NAME + this.
 PARTIAL_SUFFIX: Final = ".partial"
+_LONGEST_NAME_BYTES: Final = 255
+_NO_LINKS: Final = getattr(os, "O_NOFOLLOW", 0)
 _HASH_BYTES: Final = 4 << 20
 
 
@@ -46,11 +48,63 @@ def refuse_shortage(error: OSError, path: Path) -> None:
         ) from error
 
 
+def partial_path(path: Path) -> Path:
+    """Return what a file is called until it is complete; a hash stands for a name too long to have a suffix."""
+    name = path.name
+    if len(os.fsencode(name)) + len(PARTIAL_SUFFIX) > _LONGEST_NAME_BYTES:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return path.with_name(name + PARTIAL_SUFFIX)
+
+
+def open_new(path: Path) -> int:
+    """Open a file for writing that has no other name.  What has this one, a link perhaps, is removed, not written to.
+
+    Raises `OSError`, as the next does.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        return os.open(path, flags, 0o666)
+    except FileExistsError:
+        path.unlink()
+        return os.open(path, flags, 0o666)
+
+
+def open_unfinished(path: Path) -> int:
+    """Open a file under construction for going on, or begin it.
+
+    Raises `OutputExistsError` if its content has another name, too, which may be anybody's: it is a link.
+    """
+    is_link = path.is_symlink()
+    fd = -1 if is_link else os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINKS | getattr(os, "O_BINARY", 0), 0o666)
+    if is_link or os.fstat(fd).st_nlink > 1:
+        if fd >= 0:
+            os.close(fd)
+        raise OutputExistsError(
+            "unfinished file is a link: what is written to it would change a file of another name",
+            path=path,
+            hint="Remove the link, then run again.",
+        )
+    return fd
+
+
+def require_no_links(root: Path, name: str) -> None:
+    """Raise `OutputExistsError` if a folder on the way from `root` to `name` is a link, which may lead anywhere."""
+    folder = root
+    for part in name.split("/")[:-1]:
+        folder /= part
+        if folder.is_symlink():
+            raise OutputExistsError(
+                f"a folder in the output is a link: {name} would be written elsewhere",
+                path=folder,
+                hint="Remove the link, or choose another directory.",
+            )
+
+
 def write_whole_file(path: Path, data: bytes) -> None:
     """Write `data` under a temporary name, sync it, and rename it to `path`; then sync the directory."""
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    partial = partial_path(path)
     with output_errors(path):
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+        fd = open_new(partial)
         try:
             write_all(fd, memoryview(data), 0)
             os.fsync(fd)

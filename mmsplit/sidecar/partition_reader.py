@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, NamedTuple, NoReturn
+from typing import Final, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import xxhash
@@ -43,8 +43,16 @@ MAX_MANIFEST_BYTES: Final = 1 << 30
 _MANIFEST_NAME: Final = re.compile(r"^partition_(\d+)\.json$", re.ASCII)
 
 
+#: chunk: stored bytes are not those of the index; decoded: they are, but do not give what was split; padding: bytes
+#: between chunks are not zero; unreadable: the disk gives no bytes for a range, or the file ends before it.
+FaultKind = Literal["structure", "chunk", "decoded", "padding", "unreadable"]
+
+
 class Fault(NamedTuple):
-    """Something that is not as it was written.  [`start`, `stop`) is the byte range in `file` that is affected."""
+    """Something that is not as it was written.  [`start`, `stop`) is the byte range in `file` that is affected.
+
+    `chunk` is the number of the chunk in its partition, where the fault is that of one chunk.
+    """
 
     file: str
     what: str
@@ -53,6 +61,8 @@ class Fault(NamedTuple):
     partition: int | None = None
     layer: str | None = None
     tensor: str | None = None
+    kind: FaultKind = "structure"
+    chunk: int | None = None
 
 
 Report = Callable[[Fault], None]

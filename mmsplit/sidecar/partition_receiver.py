@@ -21,7 +21,14 @@ from mmsplit.errors import IntegrityError, OutputExistsError
 from mmsplit.remote.remote_file import RemoteFile
 from mmsplit.sidecar.framing import pack_header
 from mmsplit.sidecar.manifest import Manifest, parse_manifest
-from mmsplit.sidecar.output_files import PARTIAL_SUFFIX, output_errors, sync_directory, write_whole_file
+from mmsplit.sidecar.output_files import (
+    PARTIAL_SUFFIX,
+    open_new,
+    output_errors,
+    sync_directory,
+    write_all,
+    write_whole_file,
+)
 from mmsplit.sidecar.partition_check import Add, find_intact
 from mmsplit.sidecar.partition_reader import MAX_MANIFEST_BYTES
 from mmsplit.sidecar.payload_file import PayloadFile
@@ -220,7 +227,11 @@ def _identity(manifest: Manifest) -> tuple[int, int, str, str]:
 def _write_unsynced(path: Path, data: bytes) -> None:
     """Write what may be lost: whoever finds it compares its digest."""
     with output_errors(path):
-        path.write_bytes(data)
+        fd = open_new(path)
+        try:
+            write_all(fd, memoryview(data), 0)
+        finally:
+            os.close(fd)
 
 
 def _partial(path: Path) -> Path:

@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Final
 
-from mmsplit.sidecar.output_files import output_errors, write_all
+from mmsplit.sidecar.output_files import open_unfinished, output_errors, write_all
 
 _REFUSED: Final = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -27,7 +27,7 @@ class PayloadFile:
         self._direct_fd: int | None = None
         self._retired_fd: int | None = None
         with output_errors(path):
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            self._fd = open_unfinished(path)
             if direct and hasattr(os, "O_DIRECT"):
                 try:
                     self._direct_fd = os.open(path, os.O_WRONLY | os.O_DIRECT)

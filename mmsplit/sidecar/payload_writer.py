@@ -27,6 +27,7 @@ from mmsplit.sidecar.layout import CHUNK_ALIGNMENT, DATA_START, SLOT_ALIGNMENT, 
 from mmsplit.sidecar.manifest import parse_manifest
 from mmsplit.sidecar.output_files import (
     PARTIAL_SUFFIX,
+    open_unfinished,
     output_errors,
     sync_directory,
     write_all,
@@ -143,9 +144,8 @@ class PayloadWriter:
     def open(self) -> None:
         """Start or continue the files under construction."""
         with output_errors(self._partial):
-            fd = os.open(self._journal_path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-            self._journal_fd = fd
-            os.ftruncate(fd, self._journal_bytes)
+            self._journal_fd = open_unfinished(self._journal_path)
+            os.ftruncate(self._journal_fd, self._journal_bytes)
         self._file = PayloadFile(self._partial, direct=self._direct)
         if self._next_slot == 0:
             self._file.write(0, self._header)

@@ -15,11 +15,18 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from mmsplit.checkpoint.directory import MAX_SMALL_FILE_BYTES
+from mmsplit.durable import make_directory
 from mmsplit.errors import FormatError, IntegrityError, OutputExistsError
 from mmsplit.remote.remote_file import GoOn, RemoteFile
 from mmsplit.sidecar.json_fields import load_json_object
 from mmsplit.sidecar.output_directory import STATE_NAME, OutputDirectory
-from mmsplit.sidecar.output_files import PARTIAL_SUFFIX, output_errors, sync_directory, write_whole_file
+from mmsplit.sidecar.output_files import (
+    PARTIAL_SUFFIX,
+    output_errors,
+    require_no_links,
+    sync_directory,
+    write_whole_file,
+)
 from mmsplit.sidecar.partition_reader import MAX_MANIFEST_BYTES
 from mmsplit.sidecar.piece_fetcher import FETCH_ATTEMPTS
 from mmsplit.sidecar.set_manifest import (
@@ -133,7 +140,8 @@ class ReceivingDirectory:
         data, fetched = _fetch_small_file(entry, open_file, go_on) if entry.size_bytes else (b"", 0)
         place = self._out.path / entry.name
         with output_errors(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
+            if place.parent != self._out.path:
+                make_directory(place.parent)
         write_whole_file(place, data)
         return fetched
 
@@ -173,6 +181,7 @@ class ReceivingDirectory:
         return True
 
     def _is_missing(self, entry: FileEntry) -> bool:
+        require_no_links(self._out.path, entry.name)
         place = self._out.path / entry.name
         if not os.path.lexists(place):
             return True

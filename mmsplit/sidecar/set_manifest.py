@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 import zstandard
 
+from mmsplit.checkpoint.weights_index import folded_name
 from mmsplit.codec import CODEC_NAMES
 from mmsplit.errors import IntegrityError
 from mmsplit.sidecar.framing import FORMAT_VERSION, require_version
@@ -52,7 +53,7 @@ class KeptBytes(NamedTuple):
 
 
 class ShardEntry(NamedTuple):
-    """A source shard: its file name, length and digest, and its first bytes, from length field to end of header.
+    """A source shard: its file name, length and digest, and what of its bytes no tensor covers, in order.
 
     `sha256` is None where split was told not to compute it and knew none.  Where `sha256_is_published`, it was not
     computed from the bytes that were split, but taken from what the Hub says of the file.
@@ -61,7 +62,7 @@ class ShardEntry(NamedTuple):
     name: str
     size_bytes: int
     sha256: str | None
-    header: KeptBytes
+    kept: KeptBytes
     sha256_is_published: bool = False
 
 
@@ -192,8 +193,8 @@ def parse_set_manifest(data: bytes, path: str) -> SetManifest:
             fields.fail(f"partition {number} has other file names than {manifest_name(number)} and its payload")
     names = [shard.name for shard in manifest.shards] + [entry.name for entry in manifest.files]
     names += [] if manifest.weights_index is None else [manifest.weights_index[0]]
-    if len(set(names)) != len(names):
-        fields.fail("two files of the source have the same name")
+    if len({folded_name(name) for name in names}) != len(names):
+        fields.fail("two files of the source have the same name, or names that some file systems take for the same")
     return manifest
 
 
@@ -237,7 +238,7 @@ def _shard_json(shard: ShardEntry) -> dict[str, object]:
     values: dict[str, object] = {"name": shard.name, "bytes": shard.size_bytes, "sha256": shard.sha256}
     if shard.sha256_is_published:
         values["sha256_published"] = True
-    return {**values, "header": _kept_json(shard.header)}
+    return {**values, "kept": _kept_json(shard.kept)}
 
 
 def _shard(fields: Fields) -> ShardEntry:
@@ -246,8 +247,8 @@ def _shard(fields: Fields) -> ShardEntry:
     if no_sha256 and is_published:
         fields.fail("sha256 is null and cannot be the published one")
     sha256 = None if no_sha256 else fields.sha256("sha256")
-    header = _kept(fields.inner("header"))
-    return ShardEntry(fields.plain_name("name"), fields.count("bytes"), sha256, header, is_published)
+    kept = _kept(fields.inner("kept"))
+    return ShardEntry(fields.plain_name("name"), fields.count("bytes"), sha256, kept, is_published)
 
 
 def _kept_json(kept: KeptBytes) -> dict[str, object]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from mmsplit.checkpoint import aligned_buffer
 from mmsplit.errors import IntegrityError
 from mmsplit.sidecar.layout import SLOT_ALIGNMENT
-from mmsplit.sidecar.output_files import PARTIAL_SUFFIX, give_name
+from mmsplit.sidecar.output_files import give_name, partial_path
 from mmsplit.sidecar.payload_file import PayloadFile
 from mmsplit.sidecar.set_manifest import ShardEntry
 
@@ -39,11 +39,6 @@ class ShardBlock:
         return self.memory[lead : lead + self.stop - self.start]
 
 
-def partial_path(directory: Path, entry: ShardEntry) -> Path:
-    """Return what a shard is called until it is complete."""
-    return directory / (entry.name + PARTIAL_SUFFIX)
-
-
 class ShardWriter:
     """Takes the blocks of one shard in order, to hash them and to write them; one thread may do each.
 
@@ -53,7 +48,7 @@ class ShardWriter:
     def __init__(self, directory: Path, entry: ShardEntry, on_finish: Callable[[str], None] | None = None) -> None:
         self.entry = entry
         self.path = directory / entry.name
-        self._partial = partial_path(directory, entry)
+        self._partial = partial_path(self.path)
         self._on_finish = on_finish
         self._digest = None if entry.sha256 is None and on_finish is None else hashlib.sha256()
         self._file: PayloadFile | None = None

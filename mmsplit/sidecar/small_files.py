@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Final
 
 from mmsplit.checkpoint import Storage
+from mmsplit.durable import make_directory
 from mmsplit.errors import CheckpointError, IntegrityError, OutputExistsError, SourceChangedError
-from mmsplit.sidecar.output_files import output_errors, sha256_of, write_whole_file
+from mmsplit.sidecar.output_files import output_errors, require_no_links, sha256_of, write_whole_file
 from mmsplit.sidecar.set_manifest import FileEntry
 
 _COPY_HINT: Final = "Copy it again from where the set came from."
@@ -45,12 +46,13 @@ def read_small_files(
 
 
 def require_free_names(target: Path, entries: Sequence[FileEntry], ours: Mapping[str, Collection[str]] | None) -> None:
-    """Raise `OutputExistsError` if a file that is not ours has the name of one that is to be copied.
+    """Raise `OutputExistsError` if a file that is not ours has the name of one to be copied, or a link leads elsewhere.
 
     `ours` are the files that earlier runs are known to have written, by name the SHA-256 of all they may have: one
     that is still so may be replaced.  With None any file of the right content will do, since none is replaced.
     """
     for entry in entries:
+        require_no_links(target, entry.name)
         place = target / entry.name
         if not os.path.lexists(place):
             continue
@@ -76,5 +78,6 @@ def copy_small_files(source: Storage, entries: Sequence[FileEntry], target: Path
         with output_errors(place):
             if place.is_file() and place.read_bytes() == data:
                 continue
-            place.parent.mkdir(parents=True, exist_ok=True)
+            if place.parent != target:
+                make_directory(place.parent)
         write_whole_file(place, data)

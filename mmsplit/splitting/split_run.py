@@ -119,7 +119,7 @@ class SplitRun:
         origin: Origin,
         options: SplitOptions,
         out: OutputDirectory,
-        kept_headers: dict[str, KeptBytes],
+        kept: dict[str, KeptBytes],
         progress: ProgressCallback | None,
     ) -> None:
         self._checkpoint = checkpoint
@@ -127,7 +127,7 @@ class SplitRun:
         self._origin = origin
         self._options = options
         self._out = out
-        self._kept_headers = kept_headers
+        self._kept = kept
         self._progress = progress
         self._state_lock = threading.Lock()
         self._shard_sha256: dict[str, str] = {}
@@ -305,7 +305,7 @@ class SplitRun:
                 run.writer.cancel()
 
         to_check = self._shards_to_check(runs) if self._checks_what_is_stored else []
-        checked_bytes = sum(stored.shard.size_bytes - stored.shard.header_bytes for stored in to_check)
+        checked_bytes = sum(stored.shard.size_bytes - stored.shard.kept_bytes for stored in to_check)
         counter = ProgressCounter("split", self._planned_bytes() + checked_bytes, self._progress)
         counter.add(self._resumed_bytes)
         threads = self._options.threads
@@ -324,7 +324,7 @@ class SplitRun:
                 return lambda shard: self._record_sha256(shard.name, hasher.sha256(shard.name))
 
             def make_checker() -> Callable[[StoredShard], None]:
-                hasher = StoredShardHasher(self._out.path, self._kept_header, group.go_on)
+                hasher = StoredShardHasher(self._out.path, self._kept_of, group.go_on)
                 return lambda stored: self._check(stored, runs, hasher, counter.add)
 
             group.start_many("encode", threads + _EXTRA_THREADS, JobStream(jobs), make_encoder)
@@ -358,8 +358,8 @@ class SplitRun:
         stored = find_stored_shards(self._checkpoint.shards, partitions)
         return [item for item in stored if item.shard.name not in self._shard_sha256]
 
-    def _kept_header(self, shard: str) -> bytes:
-        return self._kept_headers[shard].data(shard)
+    def _kept_of(self, shard: str) -> bytes:
+        return self._kept[shard].data(shard)
 
     def _check(
         self,
@@ -434,11 +434,11 @@ class SplitRun:
         )
 
     def _shard_entry(self, shard: Shard) -> ShardEntry:
-        header = self._kept_headers[shard.name]
+        kept = self._kept[shard.name]
         computed = self._shard_sha256.get(shard.name)
         if computed is not None:
-            return ShardEntry(shard.name, shard.size_bytes, computed, header)
+            return ShardEntry(shard.name, shard.size_bytes, computed, kept)
         published = self._checkpoint.published_sha256(shard.name)
         if published is None:
-            return ShardEntry(shard.name, shard.size_bytes, None, header)
-        return ShardEntry(shard.name, shard.size_bytes, f"sha256:{published}", header, sha256_is_published=True)
+            return ShardEntry(shard.name, shard.size_bytes, None, kept)
+        return ShardEntry(shard.name, shard.size_bytes, f"sha256:{published}", kept, sha256_is_published=True)

@@ -16,17 +16,19 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mmsplit.checkpoint import Scratch, Shard
+from mmsplit.checkpoint import ByteRange, Scratch, Shard, SourcePlace
+from mmsplit.checkpoint.cover import first_byte_not_covered_once
 from mmsplit.codec import ChunkDecoder
 from mmsplit.errors import IntegrityError
 from mmsplit.planning import PlannedPartition, iter_stored
 from mmsplit.sidecar.layout import CHUNK_BYTES
 from mmsplit.sidecar.manifest import TensorEntry, manifest_name
 from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files
+from mmsplit.sidecar.shard_pieces import KeptPiece, arrange_shard
 
 
 class StoredShard(NamedTuple):
-    """A shard whose bytes after the header are all in partitions `part_ids`, in order; copies of them, too."""
+    """A shard of which all tensors are in partitions `part_ids`; copies of them, too."""
 
     shard: Shard
     part_ids: tuple[int, ...]
@@ -34,31 +36,29 @@ class StoredShard(NamedTuple):
 
 def find_stored_shards(shards: Sequence[Shard], partitions: Sequence[PlannedPartition]) -> list[StoredShard]:
     """Return the shards of which every tensor is in `partitions`, those first that are complete first."""
-    ranges: dict[str, set[tuple[int, int]]] = {shard.name: set() for shard in shards}
+    ranges: dict[str, set[ByteRange]] = {shard.name: set(shard.kept) for shard in shards}
     part_ids: dict[str, set[int]] = {shard.name: set() for shard in shards}
     for partition in partitions:
         for _, tensor in iter_stored(partition):
-            ranges[tensor.shard].add((tensor.start_offset, tensor.stop_offset))
-            part_ids[tensor.shard].add(partition.part_id)
-    found = []
-    for shard in shards:
-        position = shard.header_bytes
-        for start, stop in sorted(ranges[shard.name]):
-            if start != position:
-                break
-            position = stop
-        if position == shard.size_bytes:
-            found.append(StoredShard(shard, tuple(sorted(part_ids[shard.name]))))
+            own = SourcePlace(tensor.name, tensor.shard, tensor.start_offset, tensor.stop_offset)
+            for place in (own, *tensor.also):
+                ranges[place.shard].add((place.start_offset, place.stop_offset))
+                part_ids[place.shard].add(partition.part_id)
+    found = [
+        StoredShard(shard, tuple(sorted(part_ids[shard.name])))
+        for shard in shards
+        if first_byte_not_covered_once(ranges[shard.name], shard.size_bytes) is None
+    ]
     return sorted(found, key=lambda stored: (stored.part_ids[-1:], stored.shard.name))
 
 
 class StoredShardHasher:
     """Hashes stored shards; holds a decoder, so one per thread."""
 
-    def __init__(self, directory: Path, read_header: Callable[[str], bytes], go_on: Callable[[], None]) -> None:
-        """`read_header` returns the first bytes of a shard; `go_on` is called between chunks and may raise."""
+    def __init__(self, directory: Path, kept_of: Callable[[str], bytes], go_on: Callable[[], None]) -> None:
+        """`kept_of` returns the kept bytes of a shard; `go_on` is called between chunks and may raise."""
         self._directory = directory
-        self._read_header = read_header
+        self._kept_of = kept_of
         self._go_on = go_on
         self._decoder = ChunkDecoder()
         self._scratch = Scratch()
@@ -69,20 +69,26 @@ class StoredShardHasher:
 
         Reports the length of each chunk to `on_bytes`.  Raises `IntegrityError` for what cannot be decoded.
         """
-        digest = hashlib.sha256(self._read_header(stored.shard.name))
+        digest = hashlib.sha256()
+        shard = stored.shard
         with ExitStack() as stack:
-            places: dict[int, tuple[OpenPartition, TensorEntry]] = {}
+            places: dict[ByteRange, tuple[OpenPartition, TensorEntry]] = {}
             for part_id in stored.part_ids:
                 path = self._directory / manifest_name(part_id)
                 partition = stack.enter_context(open_partition_files(path, "pread"))
                 for tensor in partition.tensors:
-                    if tensor.shard != stored.shard.name or not tensor.chunk_count:
-                        continue
-                    first = places.setdefault(tensor.source_start, (partition, tensor))
-                    if not np.array_equal(_raw_checksums(*first), _raw_checksums(partition, tensor)):
-                        return None
-            for start in sorted(places):
-                partition, tensor = places[start]
+                    for place in tensor.places():
+                        if place.shard != shard.name or not tensor.chunk_count:
+                            continue
+                        first = places.setdefault((place.start_offset, place.stop_offset), (partition, tensor))
+                        if not np.array_equal(_raw_checksums(*first), _raw_checksums(partition, tensor)):
+                            return None
+            pieces = arrange_shard(list(places.items()), self._kept_of(shard.name), shard.size_bytes, shard.location)
+            for piece in pieces:
+                if isinstance(piece, KeptPiece):
+                    digest.update(piece.data)
+                    continue
+                partition, tensor = piece
                 for chunk in range(tensor.first_chunk, tensor.first_chunk + tensor.chunk_count):
                     self._go_on()
                     raw = self._decode(partition, tensor, chunk)

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmsplit.checkpoint import TensorView
 from mmsplit.checkpoint.file_reader import ReadMode
+from mmsplit.checkpoint.strided import reach_count
 from mmsplit.codec import RAW
 from mmsplit.dtypes import numpy_dtype
 from mmsplit.errors import MissingPartitionError, RequestError
@@ -80,6 +82,12 @@ class Partition(Mapping[str, Array]):
             for layer in files.manifest.layers
             if layer.alias is not None and layer.tensors[0].name in self._entries
         }
+        self._views = {
+            view.name: view for layer in files.manifest.layers for view in layer.views if view.base in self._entries
+        }
+        self._aliases |= {name: view.base for name, view in self._views.items()}
+        shown = (tensor.name for tensor in files.tensors if not tensor.hidden)
+        self._names = dict.fromkeys((*shown, *self._views))
 
     @property
     def part_id(self) -> int:
@@ -131,13 +139,13 @@ class Partition(Mapping[str, Array]):
 
     def __getitem__(self, name: str) -> Array:
         entry = self.entry(name)
-        return self._read([entry], "cached")[entry.name]
+        return self._shown(name, self._read([entry], "cached")[entry.name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._names)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries or name in self._aliases
@@ -164,7 +172,7 @@ class Partition(Mapping[str, Array]):
         """
         entries = {name: self.entry(name) for name in (self if names is None else names)}
         arrays = self._read(entries.values(), "direct")
-        return {name: arrays[entry.name] for name, entry in entries.items()}
+        return {name: self._shown(name, arrays[entry.name]) for name, entry in entries.items()}
 
     def layer(self, name: str) -> dict[str, Array]:
         """Return the tensors of one layer; a layer that only refers to another partition raises."""
@@ -214,6 +222,11 @@ class Partition(Mapping[str, Array]):
         layer = PartitionLayer(*entry)
         layer._partition = self
         return layer
+
+    def _shown(self, name: str, base: Array) -> Array:
+        """Return what a name stands for: the stored tensor, or what a view sees of it, in the same memory."""
+        view = self._views.get(name)
+        return base if view is None else _seen(base, view)
 
     def _view(self, entry: TensorEntry) -> NDArray[np.uint8] | None:
         """Return a tensor's bytes where they lie, if they lie there raw and in one piece."""
@@ -279,7 +292,7 @@ class PartitionSet(Mapping[str, Array]):
             )
         with self._lock:
             if part_id not in self._open:
-                files = open_partition_of_set(self.path, self.manifest, part_id, "mmap")
+                files = open_partition_of_set(self.path, self.manifest, part_id, "view")
                 self._open[part_id] = Partition(files, verify=self._verify, threads=self._threads)
             return self._open[part_id]
 
@@ -306,29 +319,30 @@ class PartitionSet(Mapping[str, Array]):
                 self._home = home
             return self._home
 
-    def _find(self, name: object) -> tuple[Partition, str] | None:
-        """Return the partition that has a tensor, and the tensor's own name where `name` is an alias of it."""
+    def _find(self, name: object) -> tuple[Partition, str, TensorView | None] | None:
+        """Return the partition that has a tensor, the name it has there, and what of it to show if not all."""
         homes = self._homes()
-        if name not in homes:
-            aliases = (
-                (layer.alias, layer.tensors[0].name)
-                for part_id in sorted(set(homes.values()))
-                for layer in self.partition(part_id).layers
-                if layer.alias is not None
-            )
-            name = next((own for alias, own in aliases if alias == name), None)
-        return (self.partition(homes[name]), name) if isinstance(name, str) and name in homes else None
+        if isinstance(name, str) and name in homes:
+            return self.partition(homes[name]), name, None
+        missing = self.missing
+        for part_id in range(self.num_parts):
+            for layer in () if part_id in missing else self.partition(part_id).layers:
+                if layer.alias is None or layer.alias != name or layer.tied_to is None or layer.tied_to in missing:
+                    continue
+                view = next((view for view in layer.views if view.name == name), None)
+                return self.partition(layer.tied_to), layer.tensors[0].name, view
+        return None
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a tensor, or `default` if none of the partitions that are here has it."""
         found = self._find(name)
-        return default if found is None else found[0][found[1]]
+        return default if found is None else self[name]
 
     def __getitem__(self, name: str) -> Array:
         found = self._find(name)
         if found is not None:
-            partition, own_name = found
-            return partition[own_name]
+            partition, own_name, view = found
+            return partition[own_name] if view is None else _seen(partition[own_name], view)
         missing = self.missing
         if missing:
             raise MissingPartitionError(
@@ -379,7 +393,7 @@ def open_partition(path: str | Path, *, verify: bool = True, threads: int | None
             hint="For example: " + str(resolved.root / "partition_0.json"),
         )
     # Views outlive any call, so the file is mapped plainly: as with every loader, do not truncate it meanwhile.
-    files = open_partition_files(resolved.only, "mmap")
+    files = open_partition_files(resolved.only, "view")
     return Partition(files, verify=verify, threads=thread_count(threads))
 
 
@@ -420,3 +434,18 @@ def _writable_bytes(buffer: Any, size_bytes: int, tensor: str) -> NDArray[np.uin
 def _typed(data: NDArray[np.uint8], entry: TensorEntry) -> Array:
     dtype = numpy_dtype(entry.dtype)
     return data if dtype is None else data.view(dtype).reshape(entry.shape)
+
+
+def _seen(base: Array, view: TensorView) -> Array:
+    """Return what a view of a PyTorch file sees of its tensor's memory; a dtype that numpy lacks gives flat bytes."""
+    data = base.reshape(-1).view(np.uint8)[view.offset_bytes :]
+    dtype = numpy_dtype(view.dtype)
+    if dtype is None:
+        return data
+    count = reach_count(view.shape, view.stride)
+    items = data[: count * dtype.itemsize].copy() if view.offset_bytes % dtype.itemsize else data
+    items = items[: count * dtype.itemsize].view(dtype)
+    strides = tuple(step * dtype.itemsize for step in view.stride)
+    # Every element lies in the tensor: the manifest was held to that when it was read.
+    writeable = items.flags.writeable and 0 not in view.stride
+    return np.lib.stride_tricks.as_strided(items, view.shape, strides, writeable=writeable)

@@ -10,17 +10,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mmsplit.checkpoint import IoMode, LocalStorage
+from mmsplit.checkpoint import ByteRange, IoMode, LocalStorage
 from mmsplit.errors import IntegrityError, OutputError, OutputExistsError, RequestError
 from mmsplit.merging.lanes import write_files
-from mmsplit.merging.span import Span, iter_bytes, iter_stored
-from mmsplit.sidecar.manifest import TensorEntry
+from mmsplit.merging.span import Span, StoredTensor, iter_stored
 from mmsplit.sidecar.output_directory import OutputDirectory
-from mmsplit.sidecar.output_files import output_errors, sha256_of_file, write_whole_file
+from mmsplit.sidecar.output_files import output_errors, partial_path, sha256_of_file, write_whole_file
 from mmsplit.sidecar.partition_reader import OpenPartition, require_partition
 from mmsplit.sidecar.set_manifest import SetManifest, ShardEntry
 from mmsplit.sidecar.set_reader import open_partition_of_set, read_set_manifest, resolve_set_path
-from mmsplit.sidecar.shard_writer import ShardWriter, partial_path
+from mmsplit.sidecar.shard_pieces import KeptPiece, arrange_shard
+from mmsplit.sidecar.shard_writer import ShardWriter
 from mmsplit.sidecar.small_files import copy_small_files, read_small_files, require_free_names
 from mmsplit.workers import ProgressCallback, ProgressCounter, thread_count
 
@@ -77,12 +77,12 @@ def merge(
     try:
         for entry in manifest.partitions:
             partitions.append(open_partition_of_set(root, manifest, entry.part_id, io))
-        pieces = _pieces_by_shard(partitions, manifest)
+        pieces = _arrange_shards(partitions, manifest)
         with OutputDirectory(Path(output)) as out:
             kept = _keep_finished(out.path, manifest.shards, resume)
             _require_no_other_index(out.path, manifest)
             todo = [shard for shard in manifest.shards if shard.name not in kept]
-            partials = [path for path in (partial_path(out.path, shard) for shard in todo) if path.exists()]
+            partials = [path for path in (partial_path(out.path / shard.name) for shard in todo) if path.exists()]
             there = sum(path.stat().st_size for path in partials)
             out.require_space(sum(shard.size_bytes for shard in todo) - there, "the merged checkpoint")
             # First what may be refused after a moment, last the index: with it the checkpoint is whole.
@@ -101,39 +101,37 @@ def merge(
     return MergeResult(Path(output), manifest.shards, tuple(kept), sum(shard.size_bytes for shard in manifest.shards))
 
 
-def _pieces_by_shard(
+def _stored_by_shard(
     partitions: Sequence[OpenPartition], manifest: SetManifest
-) -> dict[str, list[tuple[OpenPartition, TensorEntry]]]:
-    """Return each shard's tensors in file order; raises unless header and tensors cover every byte once."""
-    pieces: dict[str, list[tuple[OpenPartition, TensorEntry]]] = {shard.name: [] for shard in manifest.shards}
+) -> dict[str, list[tuple[ByteRange, StoredTensor]]]:
+    """Return what the partitions have of each shard, with its place there; copies of tied weights are left out."""
+    stored: dict[str, list[tuple[ByteRange, StoredTensor]]] = {shard.name: [] for shard in manifest.shards}
     for partition in partitions:
         for layer in partition.manifest.layers:
-            if layer.alias is None:  # copies of tied weights have their original elsewhere
-                for tensor in layer.tensors:
-                    if tensor.shard not in pieces:
+            if layer.alias is not None:  # copies of tied weights have their original elsewhere
+                continue
+            for tensor in layer.tensors:
+                for place in tensor.places():
+                    if place.shard not in stored:
                         raise IntegrityError(
-                            f"set manifest does not know shard {tensor.shard}",
+                            f"set manifest does not know shard {place.shard}",
                             path=partition.path,
                             tensor=tensor.name,
                             hint="The set manifest is not that of these partitions; verify the set.",
                         )
-                    pieces[tensor.shard].append((partition, tensor))
-    for shard in manifest.shards:
-        pieces[shard.name].sort(key=lambda piece: (piece[1].source_start, piece[1].source_stop))
-        position = shard.header.size_bytes
-        for _, tensor in pieces[shard.name]:
-            if tensor.source_start != position:
-                break
-            position = tensor.source_stop
-        if position != shard.size_bytes:
-            raise IntegrityError(
-                f"the partitions do not cover shard {shard.name}",
-                path=shard.name,
-                offset=position,
-                expected=f"tensors up to byte {shard.size_bytes:,}",
-                hint="The set manifest is not that of these partitions; verify the set.",
-            )
-    return pieces
+                    stored[place.shard].append(((place.start_offset, place.stop_offset), (partition, tensor)))
+    return stored
+
+
+def _arrange_shards(
+    partitions: Sequence[OpenPartition], manifest: SetManifest
+) -> dict[str, list[KeptPiece | StoredTensor]]:
+    """Return each shard's pieces in file order; raises unless they cover every byte once."""
+    stored = _stored_by_shard(partitions, manifest)
+    return {
+        shard.name: arrange_shard(stored[shard.name], shard.kept.data(shard.name), shard.size_bytes, shard.name)
+        for shard in manifest.shards
+    }
 
 
 def _keep_finished(out: Path, shards: Sequence[ShardEntry], resume: bool) -> list[str]:
@@ -183,7 +181,7 @@ def _require_no_other_index(out: Path, manifest: SetManifest) -> None:
 def _write_shards(
     out: Path,
     shards: Sequence[ShardEntry],
-    pieces: dict[str, list[tuple[OpenPartition, TensorEntry]]],
+    pieces: dict[str, list[KeptPiece | StoredTensor]],
     threads: int,
     progress: ProgressCallback | None,
 ) -> None:
@@ -191,9 +189,8 @@ def _write_shards(
     counter = ProgressCounter("merge", sum(shard.size_bytes for shard in shards), progress)
 
     def iter_shard(writer: ShardWriter) -> Iterator[Span]:
-        header = writer.entry.header.data(writer.entry.name)
-        yield from iter_bytes(writer, 0, memoryview(header))
-        yield from iter_stored(writer, len(header), pieces[writer.entry.name])
+        shard = pieces[writer.entry.name]
+        return iter_stored(writer, 0, (piece.data if isinstance(piece, KeptPiece) else piece for piece in shard))
 
     try:
         write_files(writers, iter_shard, threads, counter)

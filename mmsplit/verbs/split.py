@@ -83,7 +83,7 @@ def split(
         source_sha256=source_sha256,
         only=None if only is None else sorted_part_ids(only, plan.num_parts),
     )
-    headers = {shard.name: source.read_header(shard.name) for shard in source.shards}
+    headers = {shard.name: source.read_kept(shard.name) for shard in source.shards}
     origin = Origin(
         model_id or source.model_id,
         revision or source.revision,

@@ -11,13 +11,14 @@ from typing import Final, Literal, NamedTuple, get_args
 import xxhash
 
 from mmsplit.checkpoint import Checkpoint, IoMode, Scratch, ShardRange, ShardReaders, iter_with_read_ahead
-from mmsplit.codec import ChunkDecoder
-from mmsplit.errors import CheckpointError, FormatError, IntegrityError, MmsplitError, RequestError
+from mmsplit.errors import CheckpointError, FormatError, IntegrityError, RequestError
 from mmsplit.remote.source import HubOptions, open_source
-from mmsplit.sidecar.layout import CHUNK_BYTES, DATA_START
+from mmsplit.sidecar.chunk_check import check_chunks
+from mmsplit.sidecar.layout import CHUNK_BYTES
 from mmsplit.sidecar.manifest import TensorEntry
 from mmsplit.sidecar.output_directory import STATE_NAME
 from mmsplit.sidecar.partition_reader import Fault, OpenPartition, Report, read_partition_files
+from mmsplit.sidecar.scrub_run import Scrub, ScrubRun
 from mmsplit.sidecar.set_manifest import (
     SET_MANIFEST_NAME,
     FileEntry,
@@ -31,8 +32,6 @@ from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, Worker
 #: quick: structure and sizes.  stored: and the checksum of every stored byte.  full: and decode it all.
 Level = Literal["quick", "stored", "full"]
 
-#: Payload bytes that a thread takes at once.
-_RANGE_BYTES: Final = 8 << 20
 _EXTRA_THREADS: Final = 1
 
 
@@ -59,16 +58,6 @@ class VerifyResult(NamedTuple):
         }
 
 
-class _Range(NamedTuple):
-    """Payload bytes [start, stop) of a partition, padding included, which hold chunks [first, last)."""
-
-    partition: OpenPartition
-    first: int
-    last: int
-    start: int
-    stop: int
-
-
 def verify(
     path: str | Path,
     *,
@@ -76,6 +65,7 @@ def verify(
     against: str | Path | Checkpoint | None = None,
     hub: HubOptions | None = None,
     allow_unknown_dtypes: bool = False,
+    scrub: Scrub | None = None,
     threads: int | None = None,
     io: IoMode = "auto",
     progress: ProgressCallback | None = None,
@@ -83,8 +73,9 @@ def verify(
     """Verify a partition set (its directory) or one partition (its manifest or payload).
 
     All damage is reported, not just the first.  With `against`, a path or a model of the Hub, the checkpoint there is
-    compared with what the partitions say of it: header bytes, and the checksum of every tensor.  Raises `FormatError`
-    if there is nothing to verify or its version is not known here; damage is a result, not an error.
+    compared with what the partitions say of it: header bytes, and the checksum of every tensor.  With `scrub` only
+    some chunks are looked at, though all structure and small files, and what was done goes into a history.  Raises
+    `FormatError` if there is nothing to verify or its version is not known here; damage is a result, not an error.
     """
     if level not in get_args(Level):
         raise RequestError(f"no such level: {level!r}", hint=f"Possible are {', '.join(get_args(Level))}.")
@@ -94,32 +85,66 @@ def verify(
     entries = _partition_manifests(root, only, manifest)
     source = None if against is None else open_source(against, hub, allow_unknown_dtypes=allow_unknown_dtypes)
     workers = thread_count(threads)
-    counter = ProgressCounter("verify", _bytes_to_check(entries, level, source), progress)
+    part = None if scrub is None else _scrub_run(scrub, level, manifest, only, entries)
+    counter = ProgressCounter("verify", _bytes_to_check(entries, level, source, part), progress)
     checked = 0
     if manifest is not None and source is not None:
         _compare_headers(manifest, source, faults.add)
-    for entry_path, entry in entries:  # one after the other: a set may have more partitions than may be open
+    # One after the other: a set may have more partitions than may be open.
+    for number, (entry_path, entry) in enumerate(entries):
         partition = _open(entry_path, entry, io, faults.add)
         if partition is not None:
             with partition:
                 if level != "quick":
-                    slots = _verify_chunks(partition, level, workers, faults.add, counter)
+                    wanted = None if part is None else part.wanted(number, partition)
+                    pace = None if part is None else part.pace
+                    slots = check_chunks(
+                        partition, workers, faults.add, counter, decode=level == "full", wanted=wanted, pace=pace
+                    )
                     checked += slots
-                    counter.add(partition.reader.size_bytes - slots)  # header, index and copy were read at opening
+                    if part is None:  # header, index and copy were read at opening
+                        counter.add(partition.reader.size_bytes - slots)
                 if source is not None:
                     _verify_against(partition, source, workers, io, faults.add, counter)
     if manifest is not None and only is None:
         _verify_small_files(root, manifest.files, level, faults.add)
     problems = faults.in_order()
+    if part is not None:
+        part.finish(checked, problems)
     return VerifyResult(not problems, level, problems, len(entries), checked)
 
 
+def _scrub_run(
+    scrub: Scrub,
+    level: Level,
+    manifest: SetManifest | None,
+    only: Path | None,
+    entries: Sequence[tuple[Path, PartitionEntry | None]],
+) -> ScrubRun:
+    """Return the scrub; its places are counted by the lengths in the set manifest, where there is one."""
+    sizes = [_size_of(path.with_suffix(".bin")) if entry is None else entry.payload_bytes for path, entry in entries]
+    if only is None:
+        return ScrubRun(scrub, level, None if manifest is None else manifest.root_digest, None, sizes)
+    part_id = only.stem.rpartition("_")[2]
+    return ScrubRun(scrub, level, _sha256_of(only), int(part_id) if part_id.isdecimal() else None, sizes)
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
 def _bytes_to_check(
-    entries: Sequence[tuple[Path, PartitionEntry | None]], level: Level, source: Checkpoint | None
+    entries: Sequence[tuple[Path, PartitionEntry | None]],
+    level: Level,
+    source: Checkpoint | None,
+    part: ScrubRun | None,
 ) -> int:
     """About how much there is to do, for the progress."""
     payloads = (path.with_suffix(".bin") for path, _ in entries)
-    stored = 0 if level == "quick" else sum(path.stat().st_size for path in payloads if path.is_file())
+    if part is not None:
+        stored = part.size_bytes
+    else:
+        stored = 0 if level == "quick" else sum(_size_of(path) for path in payloads)
     return stored + (0 if source is None else source.total_bytes)
 
 
@@ -223,96 +248,6 @@ def _verify_small_files(root: Path, files: Sequence[FileEntry], level: Level, re
             report(Fault(str(path), "file of the model is not as it was written", 0, entry.size_bytes))
 
 
-def _iter_ranges(partition: OpenPartition) -> Iterator[_Range]:
-    offsets = partition.index["stored_offset"]
-    first, start = 0, DATA_START
-    for last in range(1, len(offsets) + 1):
-        stop = int(offsets[last]) if last < len(offsets) else partition.manifest.data_stop
-        if stop - start >= _RANGE_BYTES or last == len(offsets):
-            yield _Range(partition, first, last, start, stop)
-            first, start = last, stop
-
-
-def _verify_chunks(
-    partition: OpenPartition, level: Level, threads: int, report: Report, counter: ProgressCounter
-) -> int:
-    def make_worker() -> Callable[[_Range], None]:
-        scratch = Scratch()
-        decode = _Decode() if level == "full" else None
-
-        def work(job: _Range) -> None:
-            _verify_range(job, scratch, decode, report)
-            counter.add(job.stop - job.start)
-
-        return work
-
-    with WorkerGroup() as group:
-        group.start_many("verify", threads + _EXTRA_THREADS, JobStream(_iter_ranges(partition)), make_worker)
-    return partition.manifest.data_stop - DATA_START
-
-
-class _Decode:
-    """Decodes a chunk and returns the checksum of its raw bytes."""
-
-    def __init__(self) -> None:
-        self._decoder = ChunkDecoder()
-        self._scratch = Scratch()
-
-    def raw_xxh3(self, stored: memoryview, partition: OpenPartition, chunk: int) -> int:
-        out = self._scratch.take(int(partition.index[chunk]["raw_bytes"]))
-        self._decoder.decode(stored, partition.encoded(chunk)[2], out)
-        return xxhash.xxh3_64_intdigest(out)
-
-
-def _verify_range(job: _Range, scratch: Scratch, decode: _Decode | None, report: Report) -> None:
-    partition, reader = job.partition, job.partition.reader
-    reader.will_need(job.stop, job.stop + 2 * _RANGE_BYTES)
-    try:
-        with reader.borrow(job.start, job.stop, scratch) as view:
-            position = 0
-            for chunk in range(job.first, job.last):
-                record = partition.index[chunk]
-                begin = int(record["stored_offset"]) - job.start
-                end = begin + int(record["stored_bytes"])
-                _verify_padding(view[position:begin], job.start + position, job, report)
-                stored = view[begin:end]
-                what = None
-                if xxhash.xxh3_64_intdigest(stored) != int(record["stored_xxh3"]):
-                    what = "stored bytes are damaged"
-                elif decode is not None:
-                    try:
-                        if decode.raw_xxh3(stored, partition, chunk) != int(record["raw_xxh3"]):
-                            what = "decoded bytes are not those that were split"
-                    except IntegrityError as error:
-                        what = f"cannot be decoded: {error.what}"
-                if what is not None:
-                    report(_chunk_fault(partition, chunk, what))
-                stored.release()
-                position = end
-            _verify_padding(view[position:], job.start + position, job, report)
-    except MmsplitError as error:
-        part_id = partition.manifest.part_id
-        report(Fault(str(reader.path), error.what, job.start, job.stop, part_id))
-
-
-def _verify_padding(padding: memoryview, start: int, job: _Range, report: Report) -> None:
-    if any(padding):
-        part_id = job.partition.manifest.part_id
-        what = "padding is not zero"
-        report(Fault(str(job.partition.reader.path), what, start, start + len(padding), part_id))
-    padding.release()
-
-
-def _chunk_fault(partition: OpenPartition, chunk: int, what: str) -> Fault:
-    start, stop, _ = partition.encoded(chunk)
-    tensor = partition.tensors[int(partition.index[chunk]["tensor"])]
-    layer = next(
-        (layer.name for layer in partition.manifest.layers if layer.stored and layer.start <= start < layer.stop),
-        None,
-    )
-    return Fault(str(partition.reader.path), what, start, stop, partition.manifest.part_id, layer, tensor.name)
-
-
 def _ranges_of(job: _SourceChunk) -> tuple[ShardRange, ...]:
     return (ShardRange(job.tensor.shard, job.start, job.stop),)
 
@@ -379,8 +314,8 @@ def _compare_headers(manifest: SetManifest, source: Checkpoint, report: Report) 
         if shard.size_bytes != entry.size_bytes:
             what = f"source shard has another size: expected {entry.size_bytes:,} bytes, found {shard.size_bytes:,}"
             report(Fault(shard.location, what, 0, shard.size_bytes))
-        elif source.read_header(entry.name) != entry.header.data(entry.name):
-            report(Fault(shard.location, "source header is not the one that was split", 0, shard.header_bytes))
+        elif source.read_kept(entry.name) != entry.kept.data(entry.name):
+            report(Fault(shard.location, "source header is not the one that was split", *shard.kept[0]))
     for shard in shards.values():
         report(Fault(shard.location, "source shard is not part of the set"))
 

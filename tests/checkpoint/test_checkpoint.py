@@ -41,7 +41,7 @@ def test_tensors_of_all_shards_in_order(two_shards: Path) -> None:
     for shard in checkpoint.shards:
         data = Path(shard.location).read_bytes()
         assert shard.size_bytes == len(data)
-        assert checkpoint.read_header(shard.name) == data[: shard.header_bytes]
+        assert checkpoint.read_kept(shard.name) == data[: shard.kept_bytes]
         with checkpoint.open_shard(shard.name) as reader:
             for tensor in checkpoint.tensors.values():
                 if tensor.shard == shard.name:

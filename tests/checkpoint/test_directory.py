@@ -108,6 +108,45 @@ CHOICES = {
         INDEX,
         [],
     ),
+    "PyTorch beside safetensors": (
+        ["model.safetensors", "pytorch_model.bin"],
+        {},
+        ["model.safetensors"],
+        None,
+        ["1 weight file(s) of other formats are not part of this checkpoint: pytorch_model.bin"],
+    ),
+    "PyTorch shards with their index": (
+        ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "training_args.bin", "m.gguf"],
+        {
+            "pytorch_model.bin.index.json": over(
+                ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+            )
+        },
+        ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"],
+        "pytorch_model.bin.index.json",
+        ["2 weight file(s) of other formats are not part of this checkpoint: m.gguf, training_args.bin"],
+    ),
+    "parts of a tensor-parallel model": (
+        ["consolidated.00.pth", "consolidated.01.pth", "other.pth"],
+        {},
+        ["consolidated.00.pth", "consolidated.01.pth"],
+        None,
+        ["1 weight file(s) beside 'consolidated'"],
+    ),
+    "GGUF beside its projector": (
+        ["m-Q4_0.gguf", "mmproj-m.gguf"],
+        {},
+        ["m-Q4_0.gguf"],
+        None,
+        ["1 weight file(s) beside 'm-Q4_0'"],
+    ),
+    "GGUF in parts": (
+        ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"],
+        {},
+        ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"],
+        None,
+        [],
+    ),
     "hidden shard": ([".model.safetensors", "model.safetensors"], {}, ["model.safetensors"], None, []),
     "shards in a subfolder": (
         ["model.safetensors", "2_Dense/model.safetensors"],
@@ -142,10 +181,25 @@ def test_choice(
 
 
 REFUSED = {
-    "empty": ([], {}, CheckpointError, "no .safetensors file"),
-    "only pickles": (["pytorch_model.bin", "x.pt"], {}, CheckpointError, "weights of other formats: .bin, .pt"),
+    "empty": ([], {}, CheckpointError, "no .safetensors, .bin or .gguf file"),
+    "other frameworks": (["tf_model.h5", "x.onnx"], {}, CheckpointError, "weights of other formats: .h5, .onnx"),
+    "only what trainers write": (["training_args.bin", "optimizer.pt"], {}, CheckpointError, "no .safetensors, .bin"),
+    "several GGUF models": (["m-Q4_0.gguf", "m-Q8_0.gguf"], {}, CheckpointError, "2 models are in this directory"),
+    "part of a GGUF missing": (["m-00001-of-00002.gguf"], {}, MissingShardError, "m-00002-of-00002.gguf"),
+    "part of a .bin missing": (
+        ["pytorch_model-00002-of-00002.bin"],
+        {},
+        MissingShardError,
+        "pytorch_model-00001-of-00002.bin",
+    ),
+    "index of .bin names safetensors": (
+        ["model.safetensors.x", "pytorch_model.bin"],
+        {"pytorch_model.bin.index.json": {"t": "pytorch_model.safetensors"}},
+        CheckpointError,
+        "not a .bin or .pt or .pth or .ckpt file",
+    ),
     "partitions": (["partition_0.bin", "partition_0.json"], {}, CheckpointError, "holds partitions, not a checkpoint"),
-    "only hidden": ([".model.safetensors"], {}, CheckpointError, "no .safetensors file"),
+    "only hidden": ([".model.safetensors"], {}, CheckpointError, "no .safetensors, .bin"),
     "missing number": (numbered("model", 3)[:2], {}, MissingShardError, "model-00003-of-00003.safetensors"),
     "first number missing": (numbered("model", 3)[1:], {}, MissingShardError, "model-00001-of-00003.safetensors"),
     "forged count": (["model-00001-of-99999.safetensors"], {}, MissingShardError, "model-00002-of-99999"),
@@ -153,7 +207,7 @@ REFUSED = {
     "number missing in an unknown family": (numbered("own", 3)[:1], {}, MissingShardError, "own-00002-of-00003"),
     "index names a missing shard": (MODEL[:1], {INDEX: over(MODEL)}, MissingShardError, "1 of 2 shards named by"),
     "index without shards": ([], {INDEX: over(MODEL)}, MissingShardError, "2 of 2 shards"),
-    "shard a directory": (["model.safetensors/x"], {}, CheckpointError, "no .safetensors file"),
+    "shard a directory": (["model.safetensors/x"], {}, CheckpointError, "no .safetensors, .bin"),
     "index names a directory": (
         ["a.safetensors/x", "b.safetensors"],
         {INDEX: over(["a.safetensors", "b.safetensors"])},

@@ -8,12 +8,13 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mmsplit.checkpoint import FileReader, IoMode, Scratch, aligned_buffer, file_reader
+from mmsplit.checkpoint import FileReader, IoMode, Scratch, aligned_buffer, file_reader, file_system
 from mmsplit.errors import CheckpointError, IntegrityError, RequestError, SourceChangedError
 
 PAGE = mmap.PAGESIZE
@@ -62,7 +63,7 @@ RANGES = {
     "odd": (PAGE + 7, 4 * PAGE - 5),
     "last partial page": (5 * PAGE, len(DATA)),
 }
-MODES: list[IoMode | str] = ["auto", "mmap", "pread", "portable"]
+MODES: list[IoMode | str] = ["auto", "mmap", "pread", "view", "portable"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -99,7 +100,7 @@ def test_range_outside_the_file_is_an_error_not_a_shorter_view(
                 reader.read(start, stop)
 
 
-@pytest.mark.parametrize("mode", ["auto", "mmap", "pread"])
+@pytest.mark.parametrize("mode", ["auto", "mmap", "pread", "view"])
 def test_closed_reader_says_so(path: Path, mode: IoMode) -> None:
     """Even for an empty range: the mistake is the caller's, not the file's."""
     reader = FileReader(path, io=mode)
@@ -111,7 +112,7 @@ def test_closed_reader_says_so(path: Path, mode: IoMode) -> None:
             pass
 
 
-@pytest.mark.parametrize("mode", ["auto", "mmap", "pread"])
+@pytest.mark.parametrize("mode", ["auto", "mmap", "pread", "view"])
 def test_empty_file_can_be_opened(tmp_path: Path, mode: IoMode) -> None:
     """It cannot be mapped, and need not be."""
     (tmp_path / "empty").touch()
@@ -169,7 +170,7 @@ def _direct_fds(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
 
 @direct_only
-@pytest.mark.parametrize("mode", ["auto", "mmap", "pread"])
+@pytest.mark.parametrize("mode", ["auto", "mmap", "pread", "view"])
 @pytest.mark.parametrize(
     ("start", "stop"), [(0, 1 << 20), (1, 300_000), (4096, 4096 + 262_144), (5000, len(LARGE)), (700_001, len(LARGE))]
 )
@@ -334,7 +335,7 @@ def test_large_buffers_start_on_huge_pages() -> None:
 @linux
 def test_populate_brings_the_pages_of_a_view(path: Path) -> None:
     """They are resident then; those of a file that lost them are an error instead of a crash."""
-    with FileReader(path, io="mmap") as reader:
+    with FileReader(path, io="view") as reader:
         view = reader.view_of_map(0, len(DATA))
         assert view is not None
         assert resident_bytes(path) == 0
@@ -586,7 +587,7 @@ def test_views_that_outlive_the_reader_need_a_map_without_lease(path: Path, leas
     """A lease could not be given back while they live; without one, they keep the map alive."""
     assert leased.view_of_map(0, 5) is None
     leased.close()
-    with FileReader(path, io="mmap") as reader:
+    with FileReader(path, io="view") as reader:
         view = reader.view_of_map(3, 9)
     assert view is not None
     assert bytes(view) == DATA[3:9]
@@ -594,7 +595,7 @@ def test_views_that_outlive_the_reader_need_a_map_without_lease(path: Path, leas
         assert reader.view_of_map(0, 5) is None
 
 
-def run_victim(path: Path, body: str, attack: Callable[[], None]) -> str:
+def run_victim(path: Path, body: str, attack: Callable[[], None], *arguments: str) -> str:
     """Run `body` in a process of its own with `reader` open; attack when it is ready; return what it says.
 
     A process of its own, since what is tested for is death by SIGBUS.
@@ -603,7 +604,7 @@ def run_victim(path: Path, body: str, attack: Callable[[], None]) -> str:
     script += "from mmsplit.checkpoint import FileReader, Scratch\nfrom mmsplit.errors import SourceChangedError\n"
     script += "path = Path(sys.argv[1])\n" + textwrap.dedent(body)
     with subprocess.Popen(
-        [sys.executable, "-c", script, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, str(path), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as victim:
         assert victim.stdin is not None
         assert victim.stdout is not None
@@ -693,13 +694,14 @@ def test_file_overwritten_by_another_process_is_read_and_found_changed(tmp_path:
 
 
 @linux
-def test_truncation_without_a_lease_is_an_error_at_the_next_borrow(tmp_path: Path) -> None:
-    """With "mmap" the caller owns the file's fate; a range that is gone is still no crash."""
+@pytest.mark.parametrize("mode", ["mmap", "view"])
+def test_truncation_without_a_lease_is_an_error_at_the_next_borrow(tmp_path: Path, mode: str) -> None:
+    """A range that is gone is no crash, though nobody kept the file from being truncated."""
     path = tmp_path / "file"
     path.write_bytes(bytes([7]) * 100_000)
     body = """
-        reader = FileReader(path, io="mmap")
-        print("ready", flush=True)
+        reader = FileReader(path, io=sys.argv[2])
+        print("ready" if reader.is_mapped else "not mapped", flush=True)
         sys.stdin.readline()
         try:
             with reader.borrow(0, 100_000, Scratch()) as view:
@@ -707,7 +709,46 @@ def test_truncation_without_a_lease_is_an_error_at_the_next_borrow(tmp_path: Pat
         except SourceChangedError as error:
             print(type(error).__name__)
     """
-    assert run_victim(path, body, lambda: os.truncate(path, 10)) == "SourceChangedError"
+    with path.open("r+b") if mode == "mmap" else nullcontext():  # held open for writing: no lease
+        assert run_victim(path, body, lambda: os.truncate(path, 10), mode) == "SourceChangedError"
+
+
+@linux
+def test_a_file_system_of_others_is_read_unless_maps_are_asked_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease of this kernel does not bind a server: what the file system is decides, and the user over it."""
+    for name, is_mapped in {0x6969: False, 0x65735546: False, 0xFF534D42: False, 0xEF53: True}.items():
+        monkeypatch.setattr(file_system, "file_system_type", lambda _, name=name: name)
+        with FileReader(path) as reader:
+            assert reader.is_mapped == is_mapped
+            assert reader.read(0, 9) == DATA[:9]
+        with FileReader(path, io="mmap") as reader:
+            assert reader.is_mapped
+        with FileReader(path, io="pread") as reader:
+            assert not reader.is_mapped
+
+
+@linux
+@pytest.mark.parametrize(("name", "kind"), [("/proc/self/status", 0x9FA0), ("/sys/kernel/uevent_seqnum", 0x62656572)])
+def test_the_kernel_tells_the_file_system(name: str, kind: int) -> None:
+    """Two that every Linux has say who they are."""
+    if not Path(name).exists():
+        pytest.skip("not here")
+    with Path(name).open("rb") as file:
+        assert file_system.file_system_type(file.fileno()) == kind
+
+
+@linux
+def test_maps_that_are_asked_for_are_under_a_lease_where_there_is_one(path: Path, leased: FileReader) -> None:
+    """Who asks for maps does not give up the guard: a writer waits, and then gets the file."""
+    leased.close()
+    with FileReader(path, io="mmap") as reader:
+        assert reader.is_mapped
+        assert reader.view_of_map(0, 5) is None
+        assert not try_to_write(path)
+        with reader.borrow(0, 9, Scratch()) as view:
+            assert bytes(view) == DATA[:9]
+        assert not reader.is_mapped
+        assert try_to_write(path)
 
 
 @linux

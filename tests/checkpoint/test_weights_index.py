@@ -12,7 +12,7 @@ def test_weight_map_is_returned_as_it_stands() -> None:
     """Metadata and other fields do not matter."""
     weight_map = {"b": "model-2.safetensors", "a": "model-1.safetensors"}
     data = json.dumps({"metadata": {"total_size": 1e400}, "weight_map": weight_map}).encode()
-    assert parse_weights_index(data, "i") == weight_map
+    assert parse_weights_index(data, "i", (".safetensors",)) == weight_map
 
 
 NOT_AN_INDEX = {
@@ -35,7 +35,7 @@ NOT_AN_INDEX = {
 @pytest.mark.parametrize(("data", "words"), NOT_AN_INDEX.values(), ids=NOT_AN_INDEX)
 def test_what_is_no_index_is_an_error_in_words(data: bytes, words: str) -> None:
     with pytest.raises(CheckpointError, match=words) as caught:
-        parse_weights_index(data, "i")
+        parse_weights_index(data, "i", (".safetensors",))
     assert caught.value.path == "i"
 
 
@@ -62,7 +62,7 @@ def test_name_that_could_lead_elsewhere_is_refused(name: str) -> None:
     """Path tricks, terminal tricks and names that are no text; the tensor that asks for it is named."""
     assert not is_plain_name(name)
     with pytest.raises(CheckpointError, match="not a plain file name") as caught:
-        parse_weights_index(json.dumps({"weight_map": {"t": name}}).encode(), "i")
+        parse_weights_index(json.dumps({"weight_map": {"t": name}}).encode(), "i", (".safetensors",))
     assert caught.value.tensor == "t"
 
 

@@ -14,6 +14,7 @@ from mmsplit.remote.hub_storage import HubStorage
 from mmsplit.remote.repository import open_repository
 
 INDEX = b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+BIN_INDEX = INDEX.replace(b"model-", b"pytorch_model-").replace(b".safetensors", b".bin")
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 #: name of a repository -> its files, and those that are chosen
 REPOSITORIES: dict[str, tuple[dict[str, bytes], set[str]]] = {
@@ -36,14 +37,17 @@ REPOSITORIES: dict[str, tuple[dict[str, bytes], set[str]]] = {
     "bin": (
         {
             **dict.fromkeys(("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"), b"x"),
-            **dict.fromkeys(("pytorch_model.bin.index.json", "config.json", "tf_model.h5", "optimizer.bin"), b"x"),
+            "pytorch_model.bin.index.json": INDEX.replace(b"model-", b"pytorch_model-").replace(
+                b".safetensors", b".bin"
+            ),
+            **dict.fromkeys(("config.json", "tf_model.h5", "optimizer.bin"), b"x"),
         },
         {
             *("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"),
             *("pytorch_model.bin.index.json", "config.json"),
         },
     ),
-    "other-bin": ({"weights.bin": b"x", "more.bin": b"x", "a.pth": b"x"}, {"weights.bin", "more.bin"}),
+    "other-bin": ({"weights.bin": b"x", "more.bin": b"x", "a.h5": b"x"}, {"weights.bin", "more.bin"}),
     "pth": ({"consolidated.00.pth": b"x", "consolidated.01.pth": b"x", "params.json": b"x"},) * 2,  # type: ignore[dict-item]
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from huggingface_hub.utils import WeakFileLock
 from loopback_fixtures import CONFIG, WEIGHTS
 from loopback_hub import LoopbackHub
 
-from mmsplit.errors import OutputError, OutputExistsError
+from mmsplit.errors import NoSpaceError, OutputError, OutputExistsError
 from mmsplit.remote import downloader
 from mmsplit.remote.downloader import Downloader, Fetched, Presence
 from mmsplit.remote.hub_cache import HubCache, LocalFolder, default_cache_dir
@@ -154,6 +155,23 @@ def test_a_commit_needs_no_ref(repository: HubRepository) -> None:
     cache = HubCache(repository)
     fetch_all(repository, cache, revision=repository.commit)
     assert not (cache.folder / "refs").exists()
+
+
+def test_a_full_disk_is_not_taken_for_one_without_links(
+    repository: HubRepository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blob would lose its place in the cache because of a moment's shortage."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    cache = HubCache(repository, tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "symlink", refuse)
+        with pytest.raises(NoSpaceError):
+            fetch_all(repository, cache)
+    fetch_all(repository, cache)
+    assert all((cache.root / name).is_symlink() for name in NAMES)
 
 
 @pytest.fixture

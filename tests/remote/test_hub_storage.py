@@ -52,12 +52,12 @@ def test_the_same_checkpoint_as_on_disk(model: Path, options: HubOptions) -> Non
     here, there = open_checkpoint(model), open_source("org/llama", options)
     assert there.tensors == here.tensors
     assert there.config == here.config
-    assert [(s.name, s.size_bytes, s.header_bytes) for s in there.shards] == [
-        (s.name, s.size_bytes, s.header_bytes) for s in here.shards
+    assert [(s.name, s.size_bytes, s.kept) for s in there.shards] == [
+        (s.name, s.size_bytes, s.kept) for s in here.shards
     ]
     assert there.index_bytes == here.index_bytes
     for shard in here.shards:
-        assert there.read_header(shard.name) == here.read_header(shard.name)
+        assert there.read_kept(shard.name) == here.read_kept(shard.name)
     assert there.small_files == tuple(name for name in here.small_files if name != "sample.png")
     assert there.model_id == "org/llama"
     assert there.location == f"hf://org/llama@{there.revision[:12]}"
@@ -72,7 +72,7 @@ def test_headers_take_at_most_two_requests_a_shard(
     checkpoint = open_source("org/llama", options)
     shards = [request for request in hub.requests if request.server == "cdn" or ".safetensors?" in request.path + "?"]
     assert len(shards) <= 2 * len(checkpoint.shards)
-    headers = sum(shard.header_bytes for shard in checkpoint.shards)
+    headers = sum(shard.kept_bytes for shard in checkpoint.shards)
     assert headers <= sum(request.sent_bytes for request in shards) < 2 * headers
     assert any("transferred" in note or "fetched" in note for note in checkpoint.notes)
 

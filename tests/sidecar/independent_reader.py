@@ -119,13 +119,13 @@ def read_set(directory: Path) -> PartitionSet:
         for field in ("part_id", "total_params", "total_bytes", "stored_bytes"):
             require(partition.manifest[field] == entry[field], f"{field} of partition and set differ")
         partitions.append(partition)
-    headers = {shard["name"]: kept_bytes(shard["header"]) for shard in manifest["source"]["shards"]}
-    require(source_digest(manifest, headers) == manifest["source_digest"], "source_digest")
+    kept_of = {shard["name"]: kept_bytes(shard["kept"]) for shard in manifest["source"]["shards"]}
+    require(source_digest(manifest, kept_of) == manifest["source_digest"], "source_digest")
     require(plan_digest(partitions) == manifest["plan_digest"], "plan_digest")
     for field in ("total_bytes", "stored_bytes"):
         require(sum(partition.manifest[field] for partition in partitions) == manifest[field], field)
     entries = manifest["source"]["shards"]
-    shards = {entry["name"]: merge_shard(entry, headers[entry["name"]], partitions) for entry in entries}
+    shards = {entry["name"]: merge_shard(entry, kept_of[entry["name"]], partitions) for entry in entries}
     kept = manifest["source"]["index"]
     index = {} if kept is None else {kept["name"]: kept_bytes(kept)}
     return PartitionSet(manifest, partitions, shards, index, files)
@@ -476,11 +476,11 @@ def kept_bytes(kept: dict) -> bytes:
     return unzstd(base64.b64decode(kept["zstd_base64"], validate=True), kept["bytes"])
 
 
-def source_digest(manifest: dict, headers: dict[str, bytes]) -> str:
-    """Return the digest of the shards' names, sizes and headers."""
+def source_digest(manifest: dict, kept_of: dict[str, bytes]) -> str:
+    """Return the digest of the shards' names, sizes and kept bytes."""
     data = b""
     for shard in manifest["source"]["shards"]:
-        for item in (shard["name"].encode(), str(shard["bytes"]).encode(), headers[shard["name"]]):
+        for item in (shard["name"].encode(), str(shard["bytes"]).encode(), kept_of[shard["name"]]):
             data += struct.pack("<Q", len(item)) + item
     return sha256(data)
 
@@ -502,18 +502,30 @@ def plan_digest(partitions: list[Partition]) -> str:
     return sha256(text(plan).encode("ascii"))
 
 
-def merge_shard(entry: dict, header: bytes, partitions: list[Partition]) -> bytes:
-    """Return a source shard, put together from its header and the tensors that are not tied."""
-    tensors = [
-        tensor
+def merge_shard(entry: dict, kept: bytes, partitions: list[Partition]) -> bytes:
+    """Return a source shard, put together from its kept bytes and the tensors that are not tied."""
+    ranges = [
+        (place["source_range"], tensor.raw)
         for partition in partitions
+        for layer in partition.manifest["layers"]
+        if "alias" not in layer
+        for described in layer["tensors"]
         for tensor in partition.tensors
-        if tensor.shard == entry["name"] and not tensor.is_tied
+        if tensor.name == described["name"] and not tensor.is_tied
+        for place in (described, *described.get("also", []))
+        if place["shard"] == entry["name"]
     ]
-    data = bytearray(header)
-    for tensor in sorted(tensors, key=lambda tensor: tensor.source_range):
-        require(tensor.source_range[0] == len(data) and tensor.raw is not None, "tensors do not cover the shard")
-        data += tensor.raw
+    data, used = bytearray(), 0
+    for (start, stop), raw in sorted(ranges, key=lambda item: item[0]):
+        if start == stop:
+            continue
+        require(len(data) <= start and raw is not None and len(raw) == stop - start, "tensors overlap in the shard")
+        gap = start - len(data)
+        data += kept[used : used + gap]
+        used += gap
+        require(len(data) == start, "tensors do not cover the shard")
+        data += raw
+    data += kept[used:]
     require(len(data) == entry["bytes"] and entry["sha256"] in (None, sha256(bytes(data))), "merged shard")
     return bytes(data)
 

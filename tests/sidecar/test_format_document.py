@@ -380,7 +380,7 @@ def test_limits_table():
     assert limits["slot and layer begin on"] == f"a multiple of {layout.SLOT_ALIGNMENT}"
     assert limits["overhead per chunk"].startswith(f"{CHUNK_RECORD.itemsize} bytes")
     assert limits["manifest"] == f"at most {partition_reader.MAX_MANIFEST_BYTES >> 30} GiB"
-    assert limits["kept header or weights index"] == f"at most {set_manifest._MAX_KEPT_BYTES >> 20} MiB raw"
+    assert limits["kept bytes of a shard, or weights index"] == f"at most {set_manifest._MAX_KEPT_BYTES >> 20} MiB raw"
     assert limits["window of a frame in a chunk"] == f"at most {chunk_codec._MAX_WINDOW_BYTES >> 20} MiB"
     assert limits["plane begins on"].startswith(f"a multiple of {chunk_codec._PLANE_ALIGNMENT},")
     assert (reader.CHUNK_BYTES, reader.SLOT_ALIGNMENT, reader.DATA_START) == (
@@ -412,7 +412,8 @@ def test_manifest_tables_name_every_field(made: Path):
 
     collect([text, whole])
     assert written - named == {"zstd_base64"}  # named in the cells of its objects
-    assert named - written == {"sha256_published"}  # only of a shard that lies in a cache of the Hub
+    # only of a shard that lies in a cache of the Hub; only of PyTorch files
+    assert named - written == {"sha256_published", "views", "also", "hidden", "tensor", "stride", "offset"}
 
 
 def test_links_within_the_page_lead_somewhere():

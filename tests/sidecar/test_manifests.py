@@ -161,7 +161,7 @@ def test_a_set_manifest_comes_back(manifest: SetManifest) -> None:
     assert parsed == manifest
     assert json.loads(text)["root_digest"] == parsed.root_digest
     assert is_as_written(text)
-    for kept in [shard.header for shard in parsed.shards] + ([parsed.weights_index[1]] if parsed.weights_index else []):
+    for kept in [shard.kept for shard in parsed.shards] + ([parsed.weights_index[1]] if parsed.weights_index else []):
         assert KeptBytes.of(kept.data("p")) == kept
 
 
@@ -323,7 +323,7 @@ def _with_shard(**changes: object) -> bytes:
         format_set_manifest(SetManifest("m", None, digest, digest, "raw", "duplicate", (shard,), None, (), (entry,)))
     )
     (written,) = values["source"]["shards"]
-    assert written.keys() == {"name", "bytes", "sha256", "header"}  # computed is what is not said
+    assert written.keys() == {"name", "bytes", "sha256", "kept"}  # computed is what is not said
     written.update(changes)
     del values["root_digest"]
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":")).encode()

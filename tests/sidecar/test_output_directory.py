@@ -145,3 +145,26 @@ def test_a_users_file_with_the_name_of_work_in_progress_is_not_ours(tmp_path: Pa
         assert mine.read_bytes() == b"a download of mine"
         mine.write_bytes(b"")
         assert out.prepare(_IDENTITY, "force") == "nothing"
+
+
+def test_a_payload_whose_header_did_not_reach_the_disk_is_ours(tmp_path: Path) -> None:
+    """After a loss of power there are zeros where the header would be; --force must be able to replace that."""
+    hole = tmp_path / "partition_9.bin.partial"
+    hole.write_bytes(bytes(4096) + b"a slot")
+    with OutputDirectory(tmp_path) as out:
+        assert out.prepare(_IDENTITY, "force") == "nothing"
+        out.remove_own_files()
+    assert not hole.exists()
+
+
+def test_a_directory_that_cannot_be_listed_is_an_error_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many open files, say; with force as without."""
+
+    def refuse(_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with OutputDirectory(tmp_path) as out:
+        monkeypatch.setattr(os, "listdir", refuse)
+        for existing in ("refuse", "force"):
+            with pytest.raises(OutputError, match="Too many open files"):
+                out.prepare(_IDENTITY, existing)

@@ -11,8 +11,9 @@ import pytest
 from checkpoints import open_descriptors
 
 from mmsplit.errors import IntegrityError
+from mmsplit.sidecar.output_files import partial_path
 from mmsplit.sidecar.set_manifest import KeptBytes, ShardEntry
-from mmsplit.sidecar.shard_writer import ShardBlock, ShardWriter, partial_path
+from mmsplit.sidecar.shard_writer import ShardBlock, ShardWriter
 
 _ROOM = 1 << 16
 _DATA = random.Random(0).randbytes(5 * 4096 + 77_001)
@@ -46,7 +47,7 @@ def test_pieces_of_any_size(tmp_path: Path, cuts: Sequence[int], length: int) ->
     """What lies on the disk is the shard, under its name, and what an earlier run left there does no harm."""
     data = _DATA[:length]
     entry = _entry(data)
-    partial_path(tmp_path, entry).write_bytes(b"an earlier run's" * 10_000)
+    partial_path(tmp_path / entry.name).write_bytes(b"an earlier run's" * 10_000)
     before = open_descriptors()
     writer = ShardWriter(tmp_path, entry)
     _write(writer, data, [cut for cut in cuts if cut < length])
@@ -61,7 +62,7 @@ def test_another_digest_keeps_the_name_away(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="merged shard is not the original"):
         _write(writer, _DATA, [50_000])
     writer.close()
-    assert [path.name for path in tmp_path.iterdir()] == [partial_path(tmp_path, entry).name]
+    assert [path.name for path in tmp_path.iterdir()] == [partial_path(tmp_path / entry.name).name]
 
 
 def test_without_a_digest_the_bytes_are_written_all_the_same(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_the_set_manifest_is_true(source: Path, tmp_path: Path) -> None:
     assert (manifest.model_id, manifest.revision, manifest.root_digest) == ("org/name", "abc", result.root_digest)
     for shard in manifest.shards:
         assert (shard.size_bytes, shard.sha256) == ((source / shard.name).stat().st_size, sha256(source / shard.name))
-        assert (source / shard.name).read_bytes().startswith(shard.header.data("shard"))
+        assert (source / shard.name).read_bytes().startswith(shard.kept.data("shard"))
     for entry in manifest.files:
         assert (entry.size_bytes, entry.sha256) == (
             (tmp_path / entry.name).stat().st_size,

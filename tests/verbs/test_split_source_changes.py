@@ -78,7 +78,7 @@ class _InBackground:
             self._thread.join(0.2)
 
 
-@pytest.mark.parametrize("io", ["auto", "pread"])
+@pytest.mark.parametrize("io", ["auto", "mmap", "pread"])
 @pytest.mark.parametrize("change", _CHANGES)
 def test_a_change_while_splitting_is_an_error(source: Path, tmp_path: Path, change: str, io: IoMode) -> None:
     """However the shard is read and whatever is done to it, the child ends with our error and there is no set."""
