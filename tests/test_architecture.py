@@ -126,6 +126,7 @@ HOUSE = {
     "merging": ["span", "lane", "lanes"],
     "exporting": [
         "tensor",
+        "elements",
         "float32",
         "set_source",
         "checkpoint_source",

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
 
-from mmsplit.checkpoint import Checkpoint, IoMode, Scratch, ShardRange, ShardReaders, TensorInfo, iter_with_read_ahead
+from mmsplit.checkpoint import (
+    Checkpoint,
+    IoMode,
+    RangeReader,
+    Scratch,
+    ShardRange,
+    ShardReaders,
+    TensorInfo,
+    iter_with_read_ahead,
+)
 from mmsplit.codec import ChunkDecoder
-from mmsplit.errors import RequestError
-from mmsplit.exporting.tensor import ExportPartition, ExportTensor, partition_of
-from mmsplit.merging.span import BlockSink
+from mmsplit.exporting.elements import iter_elements
+from mmsplit.exporting.tensor import ExportTensor, partition_of
+from mmsplit.merging.span import BlockSink, Span, iter_stored
 from mmsplit.planning import Plan, sorted_part_ids
+from mmsplit.planning import iter_stored as iter_stored_tensors
 from mmsplit.sidecar.layout import CHUNK_BYTES
 from mmsplit.sidecar.shard_writer import ShardBlock
 
@@ -45,6 +57,7 @@ class CheckpointSource:
         """Take the partitions asked for, all for None.  Raises `RequestError` for one that there is not."""
         chosen = range(plan.num_parts) if part_ids is None else sorted_part_ids(part_ids, plan.num_parts)
         self._checkpoint = checkpoint
+        self._io = io
         self._readers = checkpoint.open_readers(io)
         self.directory = checkpoint.storage.directory
         self.storage = checkpoint.storage
@@ -58,17 +71,34 @@ class CheckpointSource:
             ]
         }
         self.small_files: dict[str, str | None] = dict.fromkeys(checkpoint.small_files)
+        self.config = checkpoint.config
         self.notes = plan.notes
         # What comes over a network comes in one order.
         self.most_lanes = None if self.directory is not None else 1
-        views = aliases_of_views(checkpoint.views, checkpoint.tensors)
-        self.partitions = tuple(
-            _with_views(partition_of(part_id, plan.partitions[part_id].layers), views) for part_id in chosen
-        )
+        self.partitions = tuple(partition_of(part_id, plan.partitions[part_id].layers) for part_id in chosen)
+        self._places = {
+            (partition.part_id, tensor.name): tensor
+            for partition in plan.partitions
+            for _, tensor in iter_stored_tensors(partition)
+        }
 
-    def iter_spans(self, sink: BlockSink, start: int, tensors: Sequence[ExportTensor]) -> Iterator[SourceSpan]:
+    def iter_spans(self, sink: BlockSink, start: int, tensors: Sequence[ExportTensor]) -> Iterator[Span]:
         """Yield the spans of tensors that follow each other in the file from `start` on."""
-        return iter_with_read_ahead(self._iter_spans(sink, start, tensors), self._readers, lambda span: (span.source,))
+        for in_order, run in groupby(tensors, key=lambda tensor: tensor.run_offset is not None):
+            group = tuple(run)
+            if in_order:
+                spans = self._iter_spans(sink, start, group)
+                yield from iter_with_read_ahead(spans, self._readers, lambda span: (span.source,))
+            else:
+                yield from iter_stored(sink, start, self._iter_gathered(group))
+            start += sum(tensor.size_bytes for tensor in group)
+
+    def _iter_gathered(self, tensors: Sequence[ExportTensor]) -> Iterator[memoryview]:
+        for tensor in tensors:
+            info = self._place(tensor)
+            # A reader of its own: those of a network are for what was announced.
+            with closing(self._checkpoint.open_shard(info.shard, self._io)) as reader:
+                yield from iter_elements(tensor, partial(_lend, reader, info.start_offset, Scratch()))
 
     def _iter_spans(self, sink: BlockSink, start: int, tensors: Sequence[ExportTensor]) -> Iterator[SourceSpan]:
         position = start
@@ -84,19 +114,22 @@ class CheckpointSource:
 
     def _iter_ranges(self, tensors: Sequence[ExportTensor]) -> Iterator[ShardRange]:
         for tensor in tensors:
-            info = self._checkpoint.tensors[tensor.name]
-            for start in range(info.start_offset, info.stop_offset, CHUNK_BYTES):
-                yield ShardRange(info.shard, start, min(start + CHUNK_BYTES, info.stop_offset))
+            info = self._place(tensor)
+            begin = info.start_offset + (tensor.run_offset or 0)
+            stop = begin + tensor.size_bytes
+            for start in range(begin, stop, CHUNK_BYTES):
+                yield ShardRange(info.shard, start, min(start + CHUNK_BYTES, stop))
 
     def read_beginning(self, tensor: ExportTensor, size_bytes: int) -> bytes:
         """Read from the shard."""
-        info = self._checkpoint.tensors[tensor.name]
-        stop = min(info.start_offset + size_bytes, info.stop_offset)
-        with (
-            self._readers.lend(info.shard) as reader,
-            reader.borrow(info.start_offset, stop, Scratch()) as data,
-        ):
+        info = self._place(tensor)
+        start = info.start_offset + (0 if tensor.view is None else tensor.view.offset_bytes)
+        stop = min(start + size_bytes, info.stop_offset)
+        with self._readers.lend(info.shard) as reader, reader.borrow(start, stop, Scratch()) as data:
             return bytes(data)
+
+    def _place(self, tensor: ExportTensor) -> TensorInfo:
+        return self._places[tensor.part_id, tensor.stored_name]
 
     def require_unchanged(self) -> None:
         """Raise `SourceChangedError` if a shard is not the file whose header was read any more."""
@@ -111,60 +144,11 @@ class CheckpointSource:
         self._readers.close()
 
 
+def _lend(
+    reader: RangeReader, begin: int, scratch: Scratch, start: int, stop: int
+) -> AbstractContextManager[memoryview]:
+    return reader.borrow(begin + start, begin + stop, scratch)
+
+
 def _joins(piece: ShardRange, waiting: ShardRange) -> bool:
     return piece.shard == waiting.shard and piece.start == waiting.stop and piece.stop - waiting.start <= CHUNK_BYTES
-
-
-class View(Protocol):
-    """A name of the state dict that is seen in the bytes of a stored tensor, `base`."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def dtype(self) -> str: ...  # noqa: D102
-    @property
-    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
-    @property
-    def stride(self) -> tuple[int, ...]: ...  # noqa: D102
-    @property
-    def offset_bytes(self) -> int: ...  # noqa: D102
-    @property
-    def base(self) -> str: ...  # noqa: D102
-
-
-def aliases_of_views(views: Mapping[str, View], tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Return the names that are another name of a whole stored tensor, each with the stored name.
-
-    This is the one place that decides what becomes of views.  Safetensors has no strides: a transposed, sliced or
-    expanded view would have to be gathered, and is refused.  Raises `RequestError` naming it.
-    """
-    aliases = {}
-    for name, view in views.items():
-        base = tensors[view.base]
-        same = (view.dtype, view.shape, view.offset_bytes) == (base.dtype, base.shape, 0)
-        if not same or not _is_contiguous(view.shape, view.stride):
-            raise RequestError(
-                "tensor is a view of a part of another one, or of its elements in another order, which safetensors"
-                " cannot say",
-                tensor=name,
-                found=f"a view of {view.base}",
-                hint="Save the model once more with a contiguous tensor in its place.",
-            )
-        aliases[name] = view.base
-    return aliases
-
-
-def _is_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether elements lie in order; the stride of a dimension of one element says nothing."""
-    step = 1
-    for size, found in zip(reversed(shape), reversed(stride), strict=True):
-        if size > 1 and found != step:
-            return False
-        step *= size
-    return True
-
-
-def _with_views(partition: ExportPartition, views: Mapping[str, str]) -> ExportPartition:
-    stored = {tensor.name for tensor in partition.tensors}
-    here = {alias: base for alias, base in views.items() if base in stored}
-    return partition._replace(aliases={**partition.aliases, **here})

@@ -10,9 +10,10 @@ from typing import Protocol
 from mmsplit.exporting.float32 import require_float32
 from mmsplit.exporting.parameters_json import parameters_name
 from mmsplit.exporting.parameters_writer import ParametersWriter, estimate_bytes
-from mmsplit.exporting.tensor import ExportPartition, ExportSource, tensors_by_name
+from mmsplit.exporting.tensor import ExportPartition, ExportSource, state_dict_of
 from mmsplit.exporting.weight_files import INDEX_NAME, WeightFile, format_weights_index, lay_out_files
 from mmsplit.merging.span import BlockSink, Span, iter_stored
+from mmsplit.planning.ties import declares_tie
 from mmsplit.sidecar.set_manifest import KeptBytes, ShardEntry
 from mmsplit.sidecar.shard_writer import ShardWriter
 
@@ -75,8 +76,9 @@ class SafetensorsForm:
     def __init__(self, source: ExportSource, max_shard_bytes: int) -> None:
         """Raise `RequestError` for a tensor that safetensors cannot hold."""
         self._source = source
-        aliases = {alias: name for part in source.partitions for alias, name in part.aliases.items()}
-        files = lay_out_files(tensors_by_name(source.partitions), aliases, max_shard_bytes)
+        ties_restored = declares_tie(source.config) is True
+        tensors, aliases = state_dict_of(source.partitions, ties_restored=ties_restored)
+        files = lay_out_files(tensors, aliases, max_shard_bytes)
         self._files: dict[str, WeightFile] = {file.name: file for file in files}
         self.file_bytes = {file.name: file.size_bytes for file in files}
         self.raw_bytes = self.file_bytes

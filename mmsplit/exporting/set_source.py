@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Final
 
 from mmsplit.checkpoint import IoMode, LocalStorage, Scratch, aligned_buffer
+from mmsplit.checkpoint.checkpoint import CONFIG_NAME, read_config
 from mmsplit.checkpoint.directory import find_small_files
 from mmsplit.codec import ChunkDecoder
 from mmsplit.errors import IntegrityError, RequestError
+from mmsplit.exporting.elements import iter_elements
 from mmsplit.exporting.tensor import ExportTensor, partition_of
-from mmsplit.merging.span import BlockSink, StoredSpan, iter_chunks, iter_stored
+from mmsplit.merging.span import BlockSink, StoredSpan, StoredTensor, iter_chunks, iter_stored
 from mmsplit.planning import sorted_part_ids
-from mmsplit.sidecar.manifest import TensorEntry, manifest_name
+from mmsplit.sidecar.manifest import manifest_name
 from mmsplit.sidecar.output_files import sha256_of_file
 from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files, require_partition
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest
@@ -66,24 +70,29 @@ class SetSource:
             names, _ = find_small_files(self.storage, deep=False)
             self.small_files = dict.fromkeys(names)
             self.notes = ("no set manifest here: the files beside the partitions are taken for those of the model",)
+        self.config = read_config(self.storage)[0] if CONFIG_NAME in self.small_files else None
         self._places = {
             (part.manifest.part_id, tensor.name): (part, tensor) for part in opened for tensor in part.tensors
         }
 
     def iter_spans(self, sink: BlockSink, start: int, tensors: Sequence[ExportTensor]) -> Iterator[StoredSpan]:
         """Yield the spans of tensors that follow each other in the file from `start` on."""
-        return iter_stored(sink, start, [self._place(tensor) for tensor in tensors])
+        return iter_stored(sink, start, self._iter_pieces(tensors))
+
+    def _iter_pieces(self, tensors: Sequence[ExportTensor]) -> Iterator[memoryview | StoredTensor]:
+        for tensor in tensors:
+            stored = self._place(tensor)
+            if tensor.run_offset == 0 and tensor.size_bytes == stored[1].size_bytes:
+                yield stored
+            else:
+                yield from iter_elements(tensor, _RawBytes(stored).lend)
 
     def read_beginning(self, tensor: ExportTensor, size_bytes: int) -> bytes:
         """Decode the first chunk of a tensor."""
-        chunk = next(iter_chunks(self._place(tensor)), None)
-        if chunk is None:
-            return b""
-        start, stop, _ = chunk.partition.encoded(chunk.number)
-        raw = aligned_buffer(chunk.raw_bytes)[: chunk.raw_bytes]
-        with chunk.partition.reader.borrow(start, stop, Scratch()) as stored:
-            chunk.decode(stored, raw, ChunkDecoder())
-        return bytes(raw[:size_bytes])
+        stored = self._place(tensor)
+        start = 0 if tensor.view is None else tensor.view.offset_bytes
+        with _RawBytes(stored).lend(start, min(start + size_bytes, stored[1].size_bytes)) as raw:
+            return bytes(raw)
 
     def require_unchanged(self) -> None:
         """Every chunk has its checksum."""
@@ -95,8 +104,42 @@ class SetSource:
         """Close the partitions."""
         self._close()
 
-    def _place(self, tensor: ExportTensor) -> tuple[OpenPartition, TensorEntry]:
-        return self._places[tensor.part_id, tensor.name]
+    def _place(self, tensor: ExportTensor) -> StoredTensor:
+        return self._places[tensor.part_id, tensor.stored_name]
+
+
+class _RawBytes:
+    """The raw bytes of a tensor, decoded where they are asked for; the chunk decoded last is kept."""
+
+    def __init__(self, stored: StoredTensor) -> None:
+        self._chunks = tuple(iter_chunks(stored))
+        self._stops = tuple(accumulate(chunk.raw_bytes for chunk in self._chunks))
+        self._decoder = ChunkDecoder()
+        self._scratch = Scratch()
+        self._number = -1
+        self._raw = memoryview(b"")
+
+    @contextmanager
+    def lend(self, start: int, stop: int) -> Iterator[memoryview]:
+        """Lend bytes [`start`, `stop`) until the next are asked for."""
+        pieces = []
+        number = bisect_right(self._stops, start)
+        while start < stop:
+            raw = self._decode(number)
+            begin = self._stops[number] - len(raw)
+            pieces.append(raw[start - begin : stop - begin])
+            start, number = self._stops[number], number + 1
+        yield pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+
+    def _decode(self, number: int) -> memoryview:
+        if number != self._number:
+            chunk = self._chunks[number]
+            raw = aligned_buffer(chunk.raw_bytes)[: chunk.raw_bytes]
+            start, stop, _ = chunk.partition.encoded(chunk.number)
+            with chunk.partition.reader.borrow(start, stop, self._scratch) as encoded:
+                chunk.decode(encoded, raw, self._decoder)
+            self._number, self._raw = number, raw
+        return self._raw
 
 
 def _wanted(

@@ -6,15 +6,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from mmsplit.checkpoint import Storage
+from mmsplit.checkpoint import Storage, TensorView
+from mmsplit.checkpoint.strided import is_contiguous
+from mmsplit.dtypes import DTYPES
 from mmsplit.errors import RequestError
 from mmsplit.merging.span import BlockSink, Span
 
 
 class ExportTensor(NamedTuple):
-    """A tensor that partition `part_id` stores, under its stored name.
+    """A name of the state dict whose bytes partition `part_id` stores.
 
-    A copy is a tied weight of which another layer has the original.
+    A copy is a tied weight of which another layer has the original.  With `view` the tensor has no bytes of its own but
+    shows elements of the stored tensor `view.base`, in that order.  A `tied_head` is such a one that shows all of an
+    embedding as it is: where config.json says `tie_word_embeddings`, loaders make it themselves.
     """
 
     part_id: int
@@ -25,14 +29,32 @@ class ExportTensor(NamedTuple):
     size_bytes: int
     layer_type: str
     is_copy: bool
+    view: TensorView | None = None
+    tied_head: bool = False
+
+    @property
+    def stored_name(self) -> str:
+        """What the tensor that holds the bytes is called in the partition."""
+        return self.name if self.view is None else self.view.base
+
+    @property
+    def run_offset(self) -> int | None:
+        """Where its bytes begin in the stored tensor, if they lie there in order; else None."""
+        if self.view is None:
+            return 0
+        return self.view.offset_bytes if is_contiguous(self.shape, self.view.stride) else None
 
 
 class ExportPartition(NamedTuple):
-    """What a partition stores, in layer order.  `aliases`: names that it uses for a tied weight -> the stored name."""
+    """What a partition stores, in layer order; names that `elsewhere` are its own, but another has their bytes.
+
+    `aliases`: names without a tensor of their own that it uses for a tied weight -> the stored name.
+    """
 
     part_id: int
     tensors: tuple[ExportTensor, ...]
     aliases: Mapping[str, str]
+    elsewhere: tuple[ExportTensor, ...] = ()
 
 
 class _TensorLike(Protocol):
@@ -48,6 +70,8 @@ class _TensorLike(Protocol):
     def params(self) -> int: ...
     @property
     def size_bytes(self) -> int: ...
+    @property
+    def hidden(self) -> bool: ...
 
 
 class _LayerLike(Protocol):
@@ -61,14 +85,19 @@ class _LayerLike(Protocol):
     def alias(self) -> str | None: ...
     @property
     def stored(self) -> bool: ...
+    @property
+    def tied_to(self) -> int | None: ...
+    @property
+    def views(self) -> Sequence[TensorView]: ...
 
 
 class ExportSource(Protocol):
     """Where tensors come from: a partition set, or a checkpoint and a plan.
 
     `partitions` are those asked for.  `identity` (JSON values) differs if their bytes may.  `small_files` are names
-    relative to `storage`, with their SHA-256 where it is known.  `notes` are sentences for a person.  `directory` is
-    where the source lies on this machine; nothing is written there.  `most_lanes` files may be made at once.
+    relative to `storage`, with their SHA-256 where it is known.  `config` is config.json, or None.  `notes` are
+    sentences for a person.  `directory` is where the source lies on this machine; nothing is written there.
+    `most_lanes` files may be made at once.
     """
 
     @property
@@ -87,6 +116,8 @@ class ExportSource(Protocol):
     def storage(self) -> Storage: ...  # noqa: D102
     @property
     def small_files(self) -> Mapping[str, str | None]: ...  # noqa: D102
+    @property
+    def config(self) -> Mapping[str, object] | None: ...  # noqa: D102
     @property
     def notes(self) -> tuple[str, ...]: ...  # noqa: D102
     @property
@@ -111,27 +142,79 @@ class ExportSource(Protocol):
 
 
 def partition_of(part_id: int, layers: Iterable[_LayerLike]) -> ExportPartition:
-    """Return what a partition of these layers stores."""
-    layers = tuple(layers)
-    tensors = tuple(
-        ExportTensor(
-            part_id, t.name, t.dtype, t.shape, t.params, t.size_bytes, layer.layer_type, layer.alias is not None
-        )
-        for layer in layers
-        if layer.stored
-        for t in layer.tensors
-    )
-    return ExportPartition(part_id, tensors, {layer.alias: layer.tensors[0].name for layer in layers if layer.alias})
+    """Return what a partition of these layers has to show.  This is the one place that decides what views become.
 
-
-def tensors_by_name(partitions: Iterable[ExportPartition]) -> tuple[ExportTensor, ...]:
-    """Return each tensor once, originals rather than copies, in layer order.
-
-    Raises `RequestError` for a tensor that lies in slices in several partitions: no file can hold two of a name.
+    A view is a tensor like any other: safetensors has no strides, and no two tensors that overlap.  A copy of a tied
+    weight that only views of it use is not shown itself, and hidden tensors never are.
     """
-    stored = [tensor for partition in partitions for tensor in partition.tensors]
+    tensors: list[ExportTensor] = []
+    elsewhere: list[ExportTensor] = []
+    aliases: dict[str, str] = {}
+    for layer in layers:
+        is_copy = layer.alias is not None
+        if layer.stored and not (is_copy and layer.views):
+            tensors += [
+                ExportTensor(part_id, t.name, t.dtype, t.shape, t.params, t.size_bytes, layer.layer_type, is_copy)
+                for t in layer.tensors
+                if not t.hidden
+            ]
+        home = part_id if layer.stored or layer.tied_to is None else layer.tied_to
+        (tensors if home == part_id else elsewhere).extend(_views(layer, home))
+        if layer.alias is not None and not layer.views:
+            aliases[layer.alias] = layer.tensors[0].name
+    return ExportPartition(part_id, tuple(tensors), aliases, tuple(elsewhere))
+
+
+def _views(layer: _LayerLike, home: int) -> list[ExportTensor]:
+    bases = {tensor.name: tensor for tensor in layer.tensors}
+    found = []
+    for view in layer.views:
+        base = bases[view.base]
+        is_head = layer.alias is not None and layer.layer_type == "head" and view.name.endswith(".weight")
+        is_all = (view.dtype, view.shape, view.offset_bytes) == (base.dtype, base.shape, 0) and not base.hidden
+        dtype = DTYPES.get(view.dtype)  # without one no form takes the tensor
+        found.append(
+            ExportTensor(
+                home,
+                view.name,
+                view.dtype,
+                view.shape,
+                view.params,
+                0 if dtype is None else view.params * dtype.bits // 8,
+                layer.layer_type,
+                layer.alias is not None,
+                view,
+                is_head and is_all and is_contiguous(view.shape, view.stride),
+            )
+        )
+    return found
+
+
+def state_dict_of(
+    partitions: Sequence[ExportPartition], *, ties_restored: bool
+) -> tuple[tuple[ExportTensor, ...], dict[str, str]]:
+    """Return each tensor of these partitions once, originals rather than copies, in layer order, and other names.
+
+    With `ties_restored` a tied head goes by the name of its embedding, the one that loaders look for.  Raises
+    `RequestError` for a tensor that lies in slices in several partitions: no file can hold two of a name.
+    """
+    aliases = {alias: name for part in partitions for alias, name in part.aliases.items()}
+    here = {partition.part_id for partition in partitions}
+    found: list[ExportTensor] = []
+    for tensor in (tensor for part in partitions for tensor in (*part.tensors, *part.elsewhere)):
+        if tensor.part_id not in here:
+            continue
+        if ties_restored and tensor.tied_head:
+            aliases[tensor.name] = tensor.stored_name
+            found.append(tensor._replace(name=tensor.stored_name, view=None, tied_head=False))
+        else:
+            found.append(tensor)
+    return _by_name(found), aliases
+
+
+def _by_name(tensors: Sequence[ExportTensor]) -> tuple[ExportTensor, ...]:
     originals: set[str] = set()
-    for tensor in stored:
+    for tensor in tensors:
         if not tensor.is_copy and tensor.name in originals:
             raise RequestError(
                 "tensor lies in slices in several of these partitions",
@@ -141,7 +224,7 @@ def tensors_by_name(partitions: Iterable[ExportPartition]) -> tuple[ExportTensor
         if not tensor.is_copy:
             originals.add(tensor.name)
     chosen: dict[str, ExportTensor] = {}
-    for tensor in stored:
+    for tensor in tensors:
         if not tensor.is_copy or tensor.name not in originals:
             chosen.setdefault(tensor.name, tensor)
     return tuple(chosen.values())
@@ -150,10 +233,11 @@ def tensors_by_name(partitions: Iterable[ExportPartition]) -> tuple[ExportTensor
 def notes_on_ties(partitions: Iterable[ExportPartition]) -> tuple[str, ...]:
     """Say which tied weights are used here and lie in a partition that is not exported."""
     partitions = tuple(partitions)
-    stored = {tensor.name for partition in partitions for tensor in partition.tensors}
+    here = {partition.part_id for partition in partitions}
+    stored = {tensor.stored_name for partition in partitions for tensor in partition.tensors}
+    ties = [tie for partition in partitions for tie in partition.aliases.items() if tie[1] not in stored]
+    ties += [(t.name, t.stored_name) for partition in partitions for t in partition.elsewhere if t.part_id not in here]
     return tuple(
         f"{alias} is {name} of a partition that is not exported; take that one along, or its loader lacks it"
-        for partition in partitions
-        for alias, name in partition.aliases.items()
-        if name not in stored
+        for alias, name in ties
     )

@@ -52,7 +52,7 @@ def lay_out_files(
                 "tensor's dtype is none that safetensors has",
                 tensor=tensor.name,
                 found=tensor.dtype,
-                hint="Only a merge gives such weights back, in their own format.",
+                hint="Only a merge gives such weights (quantised blocks, say) back, in their own format.",
             )
         if tensor.name == _RESERVED_NAME:
             raise RequestError("safetensors keeps this name for itself", tensor=tensor.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mmsplit.dtypes import numpy_dtype
 from mmsplit.errors import MissingPartitionError, RequestError
 from mmsplit.exporting.float32 import as_float32
 from mmsplit.exporting.parameters_json import ExportedLayer, ExportedPartition
+from mmsplit.exporting.tensor import ExportTensor, partition_of
 from mmsplit.sidecar.chunk_loader import Chunk, ChunkLoader, iter_chunks
 from mmsplit.sidecar.manifest import LayerEntry, TensorEntry
 from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files
@@ -42,9 +43,8 @@ class PartitionLayer(LayerEntry):
     @property
     def shape(self) -> tuple[int, ...]:
         """That of the layer's tensor; of a layer with several, that of `parameters`."""
-        if len(self.tensors) == 1:
-            return self.tensors[0].shape
-        return (sum(tensor.params for tensor in self.tensors),)
+        tensors = self._shown()
+        return tensors[0].shape if len(tensors) == 1 else (sum(tensor.params for tensor in tensors),)
 
     @property
     def parameters(self) -> NDArray[np.float32]:
@@ -53,9 +53,15 @@ class PartitionLayer(LayerEntry):
         Raises `RequestError` for a dtype that has no float32 form, `MissingPartitionError` for a layer that only refers
         to another partition.
         """
-        arrays = self._partition.layer(self.name)
-        flat = [_float32(arrays[tensor.name], tensor) for tensor in self.tensors]
+        flat = [_float32(self._partition[tensor.name], tensor) for tensor in self._shown()]
         return np.concatenate(flat) if flat else np.empty(0, np.float32)
+
+    def _shown(self) -> Sequence[ExportTensor | TensorEntry]:
+        """Return what the layer has under its names; in a layer that only refers to a tied weight, that weight."""
+        if not self.stored and not self.views:
+            return self.tensors
+        found = partition_of(self._partition.part_id, [self])
+        return (*found.tensors, *found.elsewhere)
 
 
 class Partition(Mapping[str, Array]):
@@ -188,16 +194,16 @@ class Partition(Mapping[str, Array]):
         raise KeyError(name)
 
     def exported(self) -> ExportedPartition:
-        """Return what `load_partition_json` gives for this partition's JSON: one float32 entry per stored tensor.
+        """Return what `load_partition_json` gives for this partition's JSON: one float32 entry per tensor.
 
         Takes 4 bytes a parameter.  Raises `RequestError` for a dtype that has no float32 form.
         """
+        tensors = partition_of(self.part_id, self._files.manifest.layers).tensors
         layers = tuple(
-            ExportedLayer(tensor.name, layer.layer_type, tensor.shape, _float32(arrays[tensor.name], tensor))
-            for layer, arrays in self.iter_layers()
-            for tensor in layer.tensors
+            ExportedLayer(tensor.name, tensor.layer_type, tensor.shape, _float32(self[tensor.name], tensor))
+            for tensor in tensors
         )
-        return ExportedPartition(self.part_id, layers, self.total_params)
+        return ExportedPartition(self.part_id, layers, sum(tensor.params for tensor in tensors))
 
     def iter_layers(self) -> Iterator[tuple[PartitionLayer, dict[str, Array]]]:
         """Yield each stored layer with its tensors, in forward order; only one layer is in memory at a time."""
@@ -403,8 +409,8 @@ def open_set(path: str | Path, *, verify: bool = True, threads: int | None = Non
     return PartitionSet(root, read_set_manifest(root), verify=verify, threads=threads)
 
 
-def _float32(array: Array, entry: TensorEntry) -> NDArray[np.float32]:
-    return as_float32(array.reshape(-1).view(np.uint8), entry.name, entry.dtype).numbers
+def _float32(array: Array, entry: TensorEntry | ExportTensor) -> NDArray[np.float32]:
+    return as_float32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), entry.name, entry.dtype).numbers
 
 
 def _writable_bytes(buffer: Any, size_bytes: int, tensor: str) -> NDArray[np.uint8]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import CAUSAL_CONFIG, MIB, Weight, write_checkpoint
@@ -92,6 +94,20 @@ def test_a_network_that_is_gone_ends_in_one_error(
     hub.clear()
     mmsplit.export(ID, tmp_path / "out", max_shard_bytes=10 * MIB, hub=options, existing="resume")
     mmsplit.export(model, tmp_path / "local", max_shard_bytes=10 * MIB)
+    assert files(tmp_path / "out") == files(tmp_path / "local")
+
+
+@pytest.mark.parametrize("part_id", [None, 0, 1])
+def test_views_of_a_pytorch_file(tmp_path: Path, part_id: int | None) -> None:
+    """Elements in another order are gathered from ranges of their own, beside those that are read ahead."""
+    source = tmp_path / "hub" / "org" / "torch" / "pytorch_model.bin"
+    source.parent.mkdir(parents=True)
+    shutil.copy(Path(__file__).parent.parent / "checkpoint" / "torch_fixtures" / "views.zip.bin", source)
+    arguments: dict[str, Any] = {"part_ids": None if part_id is None else [part_id], "max_shard_bytes": 200}
+    mmsplit.export(source, tmp_path / "local", 2, **arguments)
+    with LoopbackHub(tmp_path / "hub") as hub:
+        options = HubOptions(endpoint=hub.endpoint, cache_dir=tmp_path / "cache", connections=2)
+        mmsplit.export("org/torch", tmp_path / "out", 2, hub=options, **arguments)
     assert files(tmp_path / "out") == files(tmp_path / "local")
 
 

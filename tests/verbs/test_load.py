@@ -317,7 +317,7 @@ def test_a_layer_that_is_only_referred_to(source: Path, tmp_path: Path) -> None:
     """In mode "reference" the error says where the weight is; in the partition that has it the layer can be read."""
     split(source, tmp_path / "set", 2, tied="reference")
     with open_partition(tmp_path / "set" / "partition_1.json") as partition:
-        with pytest.raises(MissingPartitionError, match="its weight is in partition 0") as raised:
+        with pytest.raises(MissingPartitionError, match="of partition 0") as raised:
             partition.layer("lm_head")
         assert raised.value.tensor == "model.embed_tokens.weight"
         assert "lm_head" not in [layer.name for layer, _ in partition.iter_layers()]
@@ -363,7 +363,7 @@ def test_parameters_of_several_tensors_follow_each_other(tmp_path: Path) -> None
         flat = [float(value) for tensor in block.tensors for value in arrays[tensor.name].reshape(-1)]
         assert (block.shape, block.parameters.tolist()) == ((11,), flat)
         assert head.shape == (4, 3)
-        with pytest.raises(MissingPartitionError, match="its weight is in partition 0"):
+        with pytest.raises(MissingPartitionError, match="of partition 0"):
             _ = head.parameters
         assert [layer.name for layer in partition.exported().layers] == [tensor.name for tensor in block.tensors]
 
