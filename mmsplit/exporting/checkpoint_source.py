@@ -84,19 +84,19 @@ class CheckpointSource:
 
     def iter_spans(self, sink: BlockSink, start: int, tensors: Sequence[ExportTensor]) -> Iterator[Span]:
         """Yield the spans of tensors that follow each other in the file from `start` on."""
-        for in_order, run in groupby(tensors, key=lambda tensor: tensor.run_offset is not None):
+        for is_stored, run in groupby(tensors, key=lambda tensor: tensor.view is None):
             group = tuple(run)
-            if in_order:
+            if is_stored:
                 spans = self._iter_spans(sink, start, group)
                 yield from iter_with_read_ahead(spans, self._readers, lambda span: (span.source,))
             else:
-                yield from iter_stored(sink, start, self._iter_gathered(group))
+                yield from iter_stored(sink, start, self._iter_views(group))
             start += sum(tensor.size_bytes for tensor in group)
 
-    def _iter_gathered(self, tensors: Sequence[ExportTensor]) -> Iterator[memoryview]:
+    def _iter_views(self, tensors: Sequence[ExportTensor]) -> Iterator[memoryview]:
         for tensor in tensors:
             info = self._place(tensor)
-            # A reader of its own: those of a network are for what was announced.
+            # A reader of its own: that of a network tells what was announced by where it starts, and views overlap.
             with closing(self._checkpoint.open_shard(info.shard, self._io)) as reader:
                 yield from iter_elements(tensor, partial(_lend, reader, info.start_offset, Scratch()))
 
@@ -115,10 +115,8 @@ class CheckpointSource:
     def _iter_ranges(self, tensors: Sequence[ExportTensor]) -> Iterator[ShardRange]:
         for tensor in tensors:
             info = self._place(tensor)
-            begin = info.start_offset + (tensor.run_offset or 0)
-            stop = begin + tensor.size_bytes
-            for start in range(begin, stop, CHUNK_BYTES):
-                yield ShardRange(info.shard, start, min(start + CHUNK_BYTES, stop))
+            for start in range(info.start_offset, info.stop_offset, CHUNK_BYTES):
+                yield ShardRange(info.shard, start, min(start + CHUNK_BYTES, info.stop_offset))
 
     def read_beginning(self, tensor: ExportTensor, size_bytes: int) -> bytes:
         """Read from the shard."""

@@ -10,9 +10,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Final
 
-from mmsplit.checkpoint import IoMode, LocalStorage, Scratch, aligned_buffer
+from mmsplit.checkpoint import IoMode, LocalStorage, Scratch, TensorView, aligned_buffer
 from mmsplit.checkpoint.checkpoint import CONFIG_NAME, read_config
 from mmsplit.checkpoint.directory import find_small_files
+from mmsplit.checkpoint.strided import is_contiguous
 from mmsplit.codec import ChunkDecoder
 from mmsplit.errors import IntegrityError, RequestError
 from mmsplit.exporting.elements import iter_elements
@@ -82,7 +83,7 @@ class SetSource:
     def _iter_pieces(self, tensors: Sequence[ExportTensor]) -> Iterator[memoryview | StoredTensor]:
         for tensor in tensors:
             stored = self._place(tensor)
-            if tensor.run_offset == 0 and tensor.size_bytes == stored[1].size_bytes:
+            if tensor.view is None or _shows_all(tensor.view, tensor.size_bytes, stored[1].size_bytes):
                 yield stored
             else:
                 yield from iter_elements(tensor, _RawBytes(stored).lend)
@@ -106,6 +107,10 @@ class SetSource:
 
     def _place(self, tensor: ExportTensor) -> StoredTensor:
         return self._places[tensor.part_id, tensor.stored_name]
+
+
+def _shows_all(view: TensorView, size_bytes: int, stored_bytes: int) -> bool:
+    return size_bytes == stored_bytes and view.offset_bytes == 0 and is_contiguous(view.shape, view.stride)
 
 
 class _RawBytes:

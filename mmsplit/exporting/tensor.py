@@ -37,13 +37,6 @@ class ExportTensor(NamedTuple):
         """What the tensor that holds the bytes is called in the partition."""
         return self.name if self.view is None else self.view.base
 
-    @property
-    def run_offset(self) -> int | None:
-        """Where its bytes begin in the stored tensor, if they lie there in order; else None."""
-        if self.view is None:
-            return 0
-        return self.view.offset_bytes if is_contiguous(self.shape, self.view.stride) else None
-
 
 class ExportPartition(NamedTuple):
     """What a partition stores, in layer order; names that `elsewhere` are its own, but another has their bytes.

@@ -47,7 +47,6 @@ def test_views_are_tensors_and_hidden_ones_are_none() -> None:
     assert names(partition) == ["wte", "t", "wide"]
     assert [tensor.size_bytes for tensor in partition.tensors] == [96, 12, 20]
     assert [tensor.stored_name for tensor in partition.tensors] == ["wte", "x[storage]", "x[storage]"]
-    assert [tensor.run_offset for tensor in partition.tensors] == [0, None, None]
 
 
 @pytest.mark.parametrize(("restored", "shown"), [(True, ["wte"]), (False, ["wte", "head.weight"])])

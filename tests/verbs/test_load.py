@@ -317,7 +317,7 @@ def test_a_layer_that_is_only_referred_to(source: Path, tmp_path: Path) -> None:
     """In mode "reference" the error says where the weight is; in the partition that has it the layer can be read."""
     split(source, tmp_path / "set", 2, tied="reference")
     with open_partition(tmp_path / "set" / "partition_1.json") as partition:
-        with pytest.raises(MissingPartitionError, match="of partition 0") as raised:
+        with pytest.raises(MissingPartitionError, match="its weight is in partition 0") as raised:
             partition.layer("lm_head")
         assert raised.value.tensor == "model.embed_tokens.weight"
         assert "lm_head" not in [layer.name for layer, _ in partition.iter_layers()]
