@@ -22,7 +22,7 @@ from typing import TypeVar
 from mmsplit.codec import CodecName
 from mmsplit.errors import OfflineError, RequestError
 from mmsplit.exporting.weight_files import DEFAULT_SHARD_BYTES
-from mmsplit.planning import By, Plan, TiedMode
+from mmsplit.planning import By, Plan, Rule, SplitBy, TiedMode
 from mmsplit.remote.address import HubAddress, parse_hub_address
 from mmsplit.remote.hub_cache import HubCache
 from mmsplit.remote.remote_file import DEFAULT_CONNECTIONS
@@ -128,6 +128,8 @@ class HubModel:
         weights: Sequence[float | str] | None = None,
         boundaries: Sequence[str] | None = None,
         tied: TiedMode = "duplicate",
+        split_by: SplitBy = "layer",
+        rule: Rule | None = None,
         connections: int = DEFAULT_CONNECTIONS,
     ) -> Plan:
         """Plan the partitions from headers alone; no weight is fetched.  See `mmsplit.plan`."""
@@ -138,6 +140,8 @@ class HubModel:
             weights=weights,
             boundaries=boundaries,
             tied=tied,
+            split_by=split_by,
+            rule=rule,
             hub=self.hub_options(connections=connections),
         )
 
@@ -150,6 +154,8 @@ class HubModel:
         weights: Sequence[float | str] | None = None,
         boundaries: Sequence[str] | None = None,
         tied: TiedMode = "duplicate",
+        split_by: SplitBy = "layer",
+        rule: Rule | None = None,
         only: Collection[int] | None = None,
         codec: CodecName = "planes",
         threads: int | None = None,
@@ -171,6 +177,8 @@ class HubModel:
             weights=weights,
             boundaries=boundaries,
             tied=tied,
+            split_by=split_by,
+            rule=rule,
             only=only,
             codec=codec,
             threads=threads,
@@ -194,6 +202,8 @@ class HubModel:
         weights: Sequence[float | str] | None = None,
         boundaries: Sequence[str] | None = None,
         tied: TiedMode = "duplicate",
+        split_by: SplitBy = "layer",
+        rule: Rule | None = None,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         max_bytes: int | None = DEFAULT_JSON_BYTES,
         existing: Existing = "refuse",
@@ -217,6 +227,8 @@ class HubModel:
             weights=weights,
             boundaries=boundaries,
             tied=tied,
+            split_by=split_by,
+            rule=rule,
             max_shard_bytes=max_shard_bytes,
             max_bytes=max_bytes,
             existing=existing,
@@ -264,6 +276,8 @@ class HubModel:
         weights: Sequence[float | str] | None = None,
         boundaries: Sequence[str] | None = None,
         tied: TiedMode = "duplicate",
+        split_by: SplitBy = "layer",
+        rule: Rule | None = None,
         connections: int = DEFAULT_CONNECTIONS,
     ) -> Plan:
         """Do what `plan` does without blocking the loop.
@@ -271,7 +285,15 @@ class HubModel:
         Cancelled, it ends at once, since nothing is written; requests that are under way end by themselves.
         """
         return await asyncio.to_thread(
-            self.plan, num_parts, by=by, weights=weights, boundaries=boundaries, tied=tied, connections=connections
+            self.plan,
+            num_parts,
+            by=by,
+            weights=weights,
+            boundaries=boundaries,
+            tied=tied,
+            split_by=split_by,
+            rule=rule,
+            connections=connections,
         )
 
     async def split_async(
@@ -283,6 +305,8 @@ class HubModel:
         weights: Sequence[float | str] | None = None,
         boundaries: Sequence[str] | None = None,
         tied: TiedMode = "duplicate",
+        split_by: SplitBy = "layer",
+        rule: Rule | None = None,
         only: Collection[int] | None = None,
         codec: CodecName = "planes",
         threads: int | None = None,
@@ -304,6 +328,8 @@ class HubModel:
                 weights=weights,
                 boundaries=boundaries,
                 tied=tied,
+                split_by=split_by,
+                rule=rule,
                 only=only,
                 codec=codec,
                 threads=threads,
@@ -327,6 +353,8 @@ class HubModel:
         weights: Sequence[float | str] | None = None,
         boundaries: Sequence[str] | None = None,
         tied: TiedMode = "duplicate",
+        split_by: SplitBy = "layer",
+        rule: Rule | None = None,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         max_bytes: int | None = DEFAULT_JSON_BYTES,
         existing: Existing = "refuse",
@@ -349,6 +377,8 @@ class HubModel:
                 weights=weights,
                 boundaries=boundaries,
                 tied=tied,
+                split_by=split_by,
+                rule=rule,
                 max_shard_bytes=max_shard_bytes,
                 max_bytes=max_bytes,
                 existing=existing,

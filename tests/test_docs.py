@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -14,11 +15,19 @@ import pytest
 
 import mmsplit
 from mmsplit import errors
+from mmsplit.checkpoint.header_writer import format_header
 from mmsplit.cli.app import app
 from mmsplit.synthetic import write_synthetic_checkpoint
 
 ROOT = Path(__file__).parent.parent
-SHOWING_COMMANDS = ("README.md", "docs/usage.md", "docs/larger-than-disk.md", "docs/repair.md", "docs/export.md")
+SHOWING_COMMANDS = (
+    "README.md",
+    "docs/usage.md",
+    "docs/larger-than-disk.md",
+    "docs/other-cuts.md",
+    "docs/repair.md",
+    "docs/export.md",
+)
 DOCUMENTS = (*SHOWING_COMMANDS, "docs/python.md", "docs/architecture.md", "docs/errors.md", "docs/reliability.md")
 
 
@@ -27,7 +36,24 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a checkpoint of the name that the documents use."""
     directory = tmp_path_factory.mktemp("docs")
     write_synthetic_checkpoint(directory / "Llama-3.2-1B")
+    _write_mixture(directory / "Mixture-8x8")
     return directory
+
+
+def _write_mixture(directory: Path) -> None:
+    """Write a small mixture of eight experts, packed, with a tied head."""
+    shapes = {"model.embed_tokens.weight": [2000, 64], "model.norm.weight": [64]}
+    for k in range(8):
+        at = f"model.layers.{k}"
+        shapes |= {f"{at}.input_layernorm.weight": [64], f"{at}.self_attn.q_proj.weight": [64, 64]}
+        shapes |= {f"{at}.mlp.gate.weight": [8, 64], f"{at}.mlp.experts.gate_up_proj": [8, 64, 256]}
+        shapes[f"{at}.mlp.experts.down_proj"] = [8, 128, 64]
+    header = format_header((name, "U8", shape, math.prod(shape)) for name, shape in shapes.items())
+    directory.mkdir()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(map(math.prod, shapes.values())))
+    (directory / "config.json").write_text('{"architectures": ["MoeForCausalLM"], "num_local_experts": 8}')
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +81,20 @@ def _commands(document: str) -> list[str]:
     return re.findall(r"^ *\$ ((?:mmsplit|rm|dd) .*)$", "\n".join(blocks), re.MULTILINE)
 
 
+def _furnish(place: Path, workplace: Path, document: str) -> None:
+    """Make a directory with the models, and the TOML files that the document shows with their names."""
+    place.mkdir()
+    for model in ("Llama-3.2-1B", "Mixture-8x8"):
+        (place / model).symlink_to(workplace / model)
+    for name, text in re.findall(r"```toml\n# (\w+\.toml)\n(.*?)```", (ROOT / document).read_text(), re.DOTALL):
+        (place / name).write_text(text)
+
+
 @pytest.mark.parametrize("document", SHOWING_COMMANDS)
 def test_every_command_shown_runs(document: str, workplace: Path, environment: dict[str, str]) -> None:
     """The commands of a document, run one after the other, all succeed."""
     place = workplace / document.replace("/", "-")
-    place.mkdir()
-    (place / "Llama-3.2-1B").symlink_to(workplace / "Llama-3.2-1B")
+    _furnish(place, workplace, document)
     commands = _commands(document)
     assert commands
     for command in commands:
@@ -70,12 +104,11 @@ def test_every_command_shown_runs(document: str, workplace: Path, environment: d
         assert result.returncode == 0, f"{command}\n{result.stderr}"
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/python.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/python.md", "docs/other-cuts.md"])
 def test_python_examples_run(document: str, workplace: Path, environment: dict[str, str]) -> None:
     """The Python blocks of a document, run as one program, end without an error."""
     place = workplace / f"python-{document.replace('/', '-')}"
-    place.mkdir()
-    (place / "Llama-3.2-1B").symlink_to(workplace / "Llama-3.2-1B")
+    _furnish(place, workplace, document)
     program = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL))
     words = [sys.executable, "-W", "error", "-c", program]
     result = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)

@@ -13,9 +13,10 @@ from mmsplit.cli.progress import ProgressDisplay
 from mmsplit.cli.render import echo, echo_json, notes, size, table
 from mmsplit.cli.source_options import chosen_source, hub_of, hub_options, model_id_option, source_argument
 from mmsplit.exporting.weight_files import DEFAULT_SHARD_BYTES
-from mmsplit.planning import By, NodeRequest, TiedMode
+from mmsplit.planning import By, NodeRequest, SplitBy, TiedMode
 from mmsplit.sidecar.output_directory import Existing
 from mmsplit.verbs.export import DEFAULT_JSON_BYTES, ExportResult, To, export
+from mmsplit.verbs.plan import read_rules
 
 
 @click.command("export")
@@ -62,6 +63,8 @@ def export_command(
     force: bool,
     yes: bool,
     num_parts: int | None,
+    split_by: SplitBy,
+    rules_file: Path | None,
     by: By,
     weights: tuple[str, ...] | None,
     boundaries: tuple[str, ...] | None,
@@ -98,6 +101,8 @@ def export_command(
             weights=weights,
             boundaries=boundaries,
             tied=tied,
+            split_by=split_by,
+            rule=None if rules_file is None else read_rules(rules_file),
             nodes=nodes,
             max_shard_bytes=max(1, int(max_shard_gb * 1e9)),
             max_bytes=None if yes else DEFAULT_JSON_BYTES,

@@ -10,7 +10,7 @@ from typing import Protocol
 from mmsplit.exporting.float32 import require_float32
 from mmsplit.exporting.parameters_json import parameters_name
 from mmsplit.exporting.parameters_writer import ParametersWriter, estimate_bytes
-from mmsplit.exporting.tensor import ExportPartition, ExportSource, state_dict_of
+from mmsplit.exporting.tensor import ExportPartition, ExportSource, note_on_rows, state_dict_of
 from mmsplit.exporting.weight_files import INDEX_NAME, WeightFile, format_weights_index, lay_out_files
 from mmsplit.merging.span import BlockSink, Span, iter_stored
 from mmsplit.planning.ties import declares_tie
@@ -71,13 +71,13 @@ class SafetensorsForm:
 
     name = "safetensors"
     takes_small_files = True
-    notes = ()
 
     def __init__(self, source: ExportSource, max_shard_bytes: int) -> None:
         """Raise `RequestError` for a tensor that safetensors cannot hold."""
         self._source = source
         ties_restored = declares_tie(source.config) is True
         tensors, aliases = state_dict_of(source.partitions, ties_restored=ties_restored)
+        self.notes = note_on_rows(tensors)
         files = lay_out_files(tensors, aliases, max_shard_bytes)
         self._files: dict[str, WeightFile] = {file.name: file for file in files}
         self.file_bytes = {file.name: file.size_bytes for file in files}
@@ -103,7 +103,8 @@ class SafetensorsForm:
         """Yield header and tensors."""
         file = self._files[writer.path.name]
         yield from iter_stored(writer, 0, [memoryview(file.header)])
-        yield from self._source.iter_spans(writer, len(file.header), file.tensors)
+        pieces = [piece for tensor in file.tensors for piece in (tensor.slices or (tensor,))]
+        yield from self._source.iter_spans(writer, len(file.header), pieces)
 
 
 class JsonForm:

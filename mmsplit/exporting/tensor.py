@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from mmsplit.checkpoint import Storage, TensorView
+from mmsplit.checkpoint import Storage, TensorRows, TensorView
 from mmsplit.checkpoint.strided import is_contiguous
 from mmsplit.dtypes import DTYPES
 from mmsplit.errors import RequestError
@@ -19,6 +19,8 @@ class ExportTensor(NamedTuple):
     A copy is a tied weight of which another layer has the original.  With `view` the tensor has no bytes of its own but
     shows elements of the stored tensor `view.base`, in that order.  A `tied_head` is such a one that shows all of an
     embedding as it is: where config.json says `tie_word_embeddings`, loaders make it themselves.
+
+    With `rows` it is only these of a tensor that several partitions share; joined again, a tensor has them as `slices`.
     """
 
     part_id: int
@@ -31,6 +33,8 @@ class ExportTensor(NamedTuple):
     is_copy: bool
     view: TensorView | None = None
     tied_head: bool = False
+    rows: TensorRows | None = None
+    slices: tuple[ExportTensor, ...] = ()
 
     @property
     def stored_name(self) -> str:
@@ -65,6 +69,8 @@ class _TensorLike(Protocol):
     def size_bytes(self) -> int: ...
     @property
     def hidden(self) -> bool: ...
+    @property
+    def rows(self) -> TensorRows | None: ...
 
 
 class _LayerLike(Protocol):
@@ -147,7 +153,9 @@ def partition_of(part_id: int, layers: Iterable[_LayerLike]) -> ExportPartition:
         is_copy = layer.alias is not None
         if layer.stored and not (is_copy and layer.views):
             tensors += [
-                ExportTensor(part_id, t.name, t.dtype, t.shape, t.params, t.size_bytes, layer.layer_type, is_copy)
+                ExportTensor(
+                    part_id, t.name, t.dtype, t.shape, t.params, t.size_bytes, layer.layer_type, is_copy, rows=t.rows
+                )
                 for t in layer.tensors
                 if not t.hidden
             ]
@@ -188,8 +196,9 @@ def state_dict_of(
 ) -> tuple[tuple[ExportTensor, ...], dict[str, str]]:
     """Return each tensor of these partitions once, originals rather than copies, in layer order, and other names.
 
-    With `ties_restored` a tied head goes by the name of its embedding, the one that loaders look for.  Raises
-    `RequestError` for a tensor that lies in slices in several partitions: no file can hold two of a name.
+    With `ties_restored` a tied head goes by the name of its embedding, the one that loaders look for.  A tensor whose
+    rows lie in several of these partitions is one again.  Raises `RequestError` if some of its rows are in none: no
+    file can hold two of a name.
     """
     aliases = {alias: name for part in partitions for alias, name in part.aliases.items()}
     here = {partition.part_id for partition in partitions}
@@ -206,21 +215,40 @@ def state_dict_of(
 
 
 def _by_name(tensors: Sequence[ExportTensor]) -> tuple[ExportTensor, ...]:
-    originals: set[str] = set()
+    originals: dict[str, list[ExportTensor]] = {}
     for tensor in tensors:
-        if not tensor.is_copy and tensor.name in originals:
-            raise RequestError(
-                "tensor lies in slices in several of these partitions",
-                tensor=tensor.name,
-                hint="Export one partition at a time, or merge the set.",
-            )
         if not tensor.is_copy:
-            originals.add(tensor.name)
+            originals.setdefault(tensor.name, []).append(tensor)
     chosen: dict[str, ExportTensor] = {}
     for tensor in tensors:
-        if not tensor.is_copy or tensor.name not in originals:
-            chosen.setdefault(tensor.name, tensor)
+        if tensor.name not in chosen:
+            found = originals.get(tensor.name, [tensor])
+            chosen[tensor.name] = found[0] if len(found) == 1 else _joined(found)
     return tuple(chosen.values())
+
+
+def _joined(slices: Sequence[ExportTensor]) -> ExportTensor:
+    first = slices[0]
+    whole = first.shape if first.rows is None else first.rows.shape
+    in_order = sorted(slices, key=lambda part: -1 if part.rows is None else part.rows.start)
+    row = 0
+    for part in in_order:
+        if part.rows is None or part.rows.start != row or part.rows.shape != whole:
+            break
+        row = part.rows.stop
+    if not whole or row != whole[0]:
+        raise RequestError(
+            "tensor lies in slices in several of these partitions, and not all of its rows do",
+            tensor=first.name,
+            hint="Export one partition at a time, or all of them.",
+        )
+    return first._replace(
+        shape=whole,
+        params=sum(part.params for part in slices),
+        size_bytes=sum(part.size_bytes for part in slices),
+        rows=None,
+        slices=tuple(in_order),
+    )
 
 
 def notes_on_ties(partitions: Iterable[ExportPartition]) -> tuple[str, ...]:
@@ -234,3 +262,12 @@ def notes_on_ties(partitions: Iterable[ExportPartition]) -> tuple[str, ...]:
         f"{alias} is {name} of a partition that is not exported; take that one along, or its loader lacks it"
         for alias, name in ties
     )
+
+
+def note_on_rows(tensors: Iterable[ExportTensor]) -> tuple[str, ...]:
+    """Say which tensors are only some of their rows: the experts of one partition, say."""
+    names = [tensor.name for tensor in tensors if tensor.rows is not None]
+    if not names:
+        return ()
+    shown = f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+    return (f"{len(names)} tensor(s) have only the rows of this partition: {shown}",)

@@ -73,6 +73,7 @@ def _layer_entry(layer: PlannedLayer, index: ChunkIndex, first_chunk: int, start
                 tensor.shard,
                 tensor.start_offset,
                 tensor.stop_offset,
+                tensor.rows,
                 tensor.also,
                 tensor.hidden,
             )

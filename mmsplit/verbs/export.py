@@ -16,7 +16,7 @@ from mmsplit.exporting.export_run import ExportRun
 from mmsplit.exporting.set_source import SetSource, holds_partitions
 from mmsplit.exporting.tensor import ExportSource, notes_on_ties
 from mmsplit.exporting.weight_files import DEFAULT_SHARD_BYTES
-from mmsplit.planning import By, NodeRequest, PlanRequest, TiedMode, plan_for_nodes_or_parts
+from mmsplit.planning import By, NodeRequest, PlanRequest, Rule, SplitBy, TiedMode, plan_for_nodes_or_parts
 from mmsplit.remote.source import HubOptions, hub_address_of, open_source
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory
 from mmsplit.workers import ProgressCallback, thread_count
@@ -81,6 +81,8 @@ def export(
     weights: Sequence[float | str] | None = None,
     boundaries: Sequence[str] | None = None,
     tied: TiedMode = "duplicate",
+    split_by: SplitBy = "layer",
+    rule: Rule | None = None,
     nodes: NodeRequest | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     max_bytes: int | None = DEFAULT_JSON_BYTES,
@@ -110,8 +112,18 @@ def export(
         raise RequestError(f"no such way with existing output: {existing!r}", expected=", ".join(get_args(Existing)))
     if to not in get_args(To):
         raise RequestError(f"no such form of an export: {to!r}", expected=" or ".join(get_args(To)))
-    request = PlanRequest(num_parts=num_parts, by=by, weights=weights, boundaries=boundaries, tied=tied)
-    is_planned = nodes is not None or any(value is not None for value in (num_parts, weights, boundaries))
+    request = PlanRequest(
+        num_parts=num_parts,
+        by=by,
+        weights=weights,
+        boundaries=boundaries,
+        tied=tied,
+        split_by=split_by,
+        rule=rule,
+    )
+    is_planned = split_by != "layer" or any(
+        value is not None for value in (num_parts, weights, boundaries, rule, nodes)
+    )
     opened: ExportSource
     if not isinstance(source, Checkpoint) and hub_address_of(source, hub) is None and holds_partitions(Path(source)):
         if is_planned:

@@ -30,6 +30,7 @@ from mmsplit.sidecar.set_reader import (
     read_set_manifest,
     resolve_set_path,
 )
+from mmsplit.sidecar.slices import whole_of
 from mmsplit.workers import thread_count
 
 Array = NDArray[Any]
@@ -126,7 +127,7 @@ class Partition(Mapping[str, Array]):
         return self._files.manifest.total_bytes
 
     def entry(self, name: str) -> TensorEntry:
-        """Return dtype, shape, size and checksum of a tensor.
+        """Return dtype, shape, size and checksum of a tensor; `rows` if only these are here.
 
         Raises `KeyError`, or `MissingPartitionError` for a tied weight that is only referred to here.
         """
@@ -265,7 +266,8 @@ class PartitionSet(Mapping[str, Array]):
     """All partitions of a set that are in its directory, as one mapping from tensor name to array.
 
     Partitions are opened at first use and held to the set; `missing` are the ids of those that are not there.  A
-    name that none of the others has raises `MissingPartitionError` then, `KeyError` if all are there.
+    name that none of the others has raises `MissingPartitionError` then, `KeyError` if all are there.  A tensor whose
+    rows lie in several partitions comes as a whole, joined in memory of its own; it is there if all its rows are.
     """
 
     def __init__(self, root: Path, manifest: SetManifest, *, verify: bool, threads: int | None) -> None:
@@ -275,7 +277,7 @@ class PartitionSet(Mapping[str, Array]):
         self._threads = thread_count(threads)
         self._lock = threading.RLock()
         self._open: dict[int, Partition] = {}
-        self._home: dict[str, int] = {}
+        self._home: dict[str, tuple[int, ...]] = {}
 
     @property
     def num_parts(self) -> int:
@@ -305,38 +307,71 @@ class PartitionSet(Mapping[str, Array]):
     def load(self) -> dict[str, Array]:
         """Read all tensors of all partitions that are here into memory, as `Partition.load` does."""
         names: dict[int, list[str]] = {}
-        for name, part_id in self._homes().items():
-            names.setdefault(part_id, []).append(name)
-        return {
+        joined: dict[str, Array] = {}
+        for name, part_ids in self._homes().items():
+            if len(part_ids) == 1:
+                names.setdefault(part_ids[0], []).append(name)
+            else:
+                joined[name] = self._read(name, part_ids)
+        whole = {
             name: array
             for part_id, wanted in names.items()
             for name, array in self.partition(part_id).load(wanted).items()
         }
+        return whole | joined
 
-    def _homes(self) -> dict[str, int]:
+    def _homes(self) -> dict[str, tuple[int, ...]]:
+        """Return the partition that has each tensor, or all that have rows of it, in the order of the rows."""
         with self._lock:
             if not self._home:
-                home: dict[str, int] = {}
+                home: dict[str, tuple[int, ...]] = {}
+                slices: dict[str, list[tuple[int, int]]] = {}
                 missing = self.missing
                 for part_id in range(self.num_parts):
                     if part_id not in missing:
-                        for name in self.partition(part_id):
-                            home.setdefault(name, part_id)
+                        partition = self.partition(part_id)
+                        for name in partition:
+                            rows = partition.entry(name).rows
+                            if rows is None:
+                                home.setdefault(name, (part_id,))
+                            else:
+                                slices.setdefault(name, []).append((rows.start, part_id))
+                for name, starts in slices.items():
+                    part_ids = tuple(part_id for _, part_id in sorted(starts))
+                    if whole_of([self.partition(part_id).entry(name) for part_id in part_ids]) is not None:
+                        home[name] = part_ids
                 self._home = home
             return self._home
 
-    def _find(self, name: object) -> tuple[Partition, str, TensorView | None] | None:
-        """Return the partition that has a tensor, the name it has there, and what of it to show if not all."""
+    def _read(self, name: str, part_ids: tuple[int, ...]) -> Array:
+        """Read a tensor from the one partition that has it, or join its rows."""
+        partitions = [self.partition(part_id) for part_id in part_ids]
+        whole = whole_of([partition.entry(name) for partition in partitions])
+        if whole is None:
+            return partitions[0][name]
+        data = np.empty(whole.size_bytes, np.uint8)
+        start = 0
+        for partition in partitions:
+            stop = start + partition.entry(name).size_bytes
+            partition.read_into(name, data[start:stop])
+            start = stop
+        return _typed(data, whole)
+
+    def _find(self, name: object) -> tuple[str, tuple[int, ...], TensorView | None] | None:
+        """Return the name a tensor is stored by, the partitions that have it, and what of it to show if not all."""
         homes = self._homes()
         if isinstance(name, str) and name in homes:
-            return self.partition(homes[name]), name, None
+            return name, homes[name], None
         missing = self.missing
         for part_id in range(self.num_parts):
             for layer in () if part_id in missing else self.partition(part_id).layers:
-                if layer.alias is None or layer.alias != name or layer.tied_to is None or layer.tied_to in missing:
+                if layer.alias is None or layer.alias != name:
                     continue
-                view = next((view for view in layer.views if view.name == name), None)
-                return self.partition(layer.tied_to), layer.tensors[0].name, view
+                own_name = layer.tensors[0].name
+                holder = part_id if own_name in self.partition(part_id) else layer.tied_to
+                if holder is not None and holder not in missing:
+                    view = next((view for view in layer.views if view.name == name), None)
+                    return own_name, (holder,), view
         return None
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -347,12 +382,14 @@ class PartitionSet(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         found = self._find(name)
         if found is not None:
-            partition, own_name, view = found
-            return partition[own_name] if view is None else _seen(partition[own_name], view)
+            own_name, part_ids, view = found
+            array = self._read(own_name, part_ids)
+            return array if view is None else _seen(array, view)
         missing = self.missing
         if missing:
             raise MissingPartitionError(
-                f"tensor is in none of the partitions that are here; not here: {', '.join(map(str, missing))}",
+                f"tensor is in none of the partitions that are here, or not with all its rows; not here:"
+                f" {', '.join(map(str, missing))}",
                 path=self.path,
                 tensor=name,
                 hint="Copy the missing partitions into the set.",

@@ -10,7 +10,16 @@ from typing import Final, get_args
 from mmsplit.checkpoint import Checkpoint, IoMode
 from mmsplit.codec import CODEC_NAMES, CodecName
 from mmsplit.errors import RequestError
-from mmsplit.planning import By, NodeRequest, PlanRequest, TiedMode, plan_for_nodes_or_parts, sorted_part_ids
+from mmsplit.planning import (
+    By,
+    NodeRequest,
+    PlanRequest,
+    Rule,
+    SplitBy,
+    TiedMode,
+    plan_for_nodes_or_parts,
+    sorted_part_ids,
+)
 from mmsplit.remote.source import HubOptions, hub_address_of, open_source
 from mmsplit.sidecar.manifest_builder import Origin
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory
@@ -32,6 +41,8 @@ def split(
     weights: Sequence[float | str] | None = None,
     boundaries: Sequence[str] | None = None,
     tied: TiedMode = "duplicate",
+    split_by: SplitBy = "layer",
+    rule: Rule | None = None,
     nodes: NodeRequest | None = None,
     only: Collection[int] | None = None,
     codec: CodecName = "planes",
@@ -73,7 +84,15 @@ def split(
         # What is asked for, a branch say, is not what the manifests record: that is the commit.
         hub, revision = hub._replace(revision=hub.revision or revision), None
     source = open_source(source, hub, allow_unknown_dtypes=allow_unknown_dtypes)
-    request = PlanRequest(num_parts=num_parts, by=by, weights=weights, boundaries=boundaries, tied=tied)
+    request = PlanRequest(
+        num_parts=num_parts,
+        by=by,
+        weights=weights,
+        boundaries=boundaries,
+        tied=tied,
+        split_by=split_by,
+        rule=rule,
+    )
     plan = plan_for_nodes_or_parts(source, request, nodes)
     options = SplitOptions(
         codec=codec,

@@ -10,7 +10,16 @@ from typing import Final, Literal, NamedTuple, get_args
 
 import xxhash
 
-from mmsplit.checkpoint import Checkpoint, IoMode, Scratch, ShardRange, ShardReaders, iter_with_read_ahead
+from mmsplit.checkpoint import (
+    Checkpoint,
+    IoMode,
+    Scratch,
+    ShardRange,
+    ShardReaders,
+    TensorInfo,
+    iter_with_read_ahead,
+    slice_rows,
+)
 from mmsplit.errors import CheckpointError, FormatError, IntegrityError, RequestError
 from mmsplit.remote.source import HubOptions, open_source
 from mmsplit.sidecar.chunk_check import check_chunks
@@ -320,9 +329,17 @@ def _compare_headers(manifest: SetManifest, source: Checkpoint, report: Report) 
         report(Fault(shard.location, "source shard is not part of the set"))
 
 
+def _in_source(tensor: TensorEntry, source: Checkpoint) -> TensorInfo | None:
+    """Return the tensor of that name in the source, or the rows of it that a slice has."""
+    whole, rows = source.tensors.get(tensor.name), tensor.rows
+    if whole is None or rows is None or whole.shape != rows.shape:
+        return whole
+    return slice_rows(whole, rows.start, rows.stop)
+
+
 def _iter_source_chunks(partition: OpenPartition, source: Checkpoint, report: Report) -> Iterator[_SourceChunk]:
     for tensor in partition.tensors:
-        there = source.tensors.get(tensor.name)
+        there = _in_source(tensor, source)
         place = (tensor.shard, tensor.source_start, tensor.source_stop, tensor.dtype, tensor.shape)
         if there is None or place != (
             there.shard,

@@ -73,6 +73,7 @@ class Tensor(NamedTuple):
     name: str
     dtype: str
     shape: list[int]
+    rows: dict | None
     shard: str
     source_range: tuple[int, int]
     is_tied: bool
@@ -122,6 +123,7 @@ def read_set(directory: Path) -> PartitionSet:
     kept_of = {shard["name"]: kept_bytes(shard["kept"]) for shard in manifest["source"]["shards"]}
     require(source_digest(manifest, kept_of) == manifest["source_digest"], "source_digest")
     require(plan_digest(partitions) == manifest["plan_digest"], "plan_digest")
+    check_rows(partitions)
     for field in ("total_bytes", "stored_bytes"):
         require(sum(partition.manifest[field] for partition in partitions) == manifest[field], field)
     entries = manifest["source"]["shards"]
@@ -158,6 +160,7 @@ def read_partition(text: bytes, payload: bytes) -> Partition:
                     entry["name"],
                     entry["dtype"],
                     entry["shape"],
+                    entry.get("rows"),
                     entry["shard"],
                     tuple(entry["source_range"]),
                     "alias" in layer,
@@ -397,6 +400,10 @@ def parse_manifest(text: bytes) -> dict:
             require(entry["source_range"][1] - entry["source_range"][0] == entry["bytes"], "source_range")
             require((entry["xxh3"] is not None) == stored, "xxh3")
             require(is_plain_name(entry["shard"]), "shard")
+            if "rows" in entry:
+                start, stop, whole = (entry["rows"][field] for field in ("start", "stop", "shape"))
+                require(not any(tied) and 0 <= start < stop <= whole[0], "rows")
+                require(entry["shape"] == [stop - start, *whole[1:]], "shape of rows")
             chunk += count
         held = layer["tensors"] if stored else ()
         require(layer["total_params"] == sum(entry["params"] for entry in held), "layer total_params")
@@ -495,11 +502,41 @@ def plan_digest(partitions: list[Partition]) -> str:
 
     def row(layer: dict) -> list:
         names = [entry["name"] for entry in layer["tensors"]]
+        for number, entry in enumerate(layer["tensors"]):
+            if "rows" in entry:
+                names[number] = [entry["name"], entry["rows"]["start"], entry["rows"]["stop"]]
         what = [layer[field] for field in ("name", "layer_type", "stack", "index")]
         return [*what, names, layer.get("alias"), layer.get("tied_to"), layer.get("stored", True)]
 
     plan = [[row(layer) for layer in partition.manifest["layers"]] for partition in partitions]
     return sha256(text(plan).encode("ascii"))
+
+
+def join_rows(name: str, partitions: list[Partition]) -> bytes:
+    """Return the raw bytes of a tensor, wherever its rows lie."""
+    found = [tensor for partition in partitions for tensor in partition.tensors if tensor.name == name]
+    slices = [tensor for tensor in found if tensor.rows is not None]
+    if not slices:
+        return next(tensor.raw for tensor in found if tensor.raw is not None)
+    return b"".join(tensor.raw for tensor in sorted(slices, key=lambda tensor: tensor.rows["start"]))
+
+
+def check_rows(partitions: list[Partition]) -> None:
+    """Require that the slices of each sliced tensor are of one tensor and have each of its rows once."""
+    slices: dict[str, list[Tensor]] = {}
+    for partition in partitions:
+        for tensor in partition.tensors:
+            if not tensor.is_tied:
+                slices.setdefault(tensor.name, []).append(tensor)
+    for found in slices.values():
+        if all(tensor.rows is None for tensor in found):
+            require(len(found) == 1, "a tensor is in two layers without being tied")
+            continue
+        row, dtype, shape = 0, found[0].dtype, found[0].rows["shape"]
+        for tensor in sorted(found, key=lambda tensor: tensor.rows["start"]):
+            require((tensor.rows["start"], tensor.rows["shape"], tensor.dtype) == (row, shape, dtype), "rows")
+            row = tensor.rows["stop"]
+        require(row == shape[0], "rows are missing")
 
 
 def merge_shard(entry: dict, kept: bytes, partitions: list[Partition]) -> bytes:

@@ -313,6 +313,15 @@ def test_a_tied_weight_answers_to_its_alias(made: Path, source: Path) -> None:
         assert last.layer("lm_head").keys() == {"model.embed_tokens.weight"}
 
 
+def test_a_tied_weight_is_read_from_the_copy_that_is_here(made: Path, source: Path, tmp_path: Path) -> None:
+    """Also under its alias, while the partition that has the original is missing."""
+    shutil.copytree(made, tmp_path / "set")
+    for suffix in (".json", ".bin"):
+        (tmp_path / "set" / f"partition_0{suffix}").unlink()
+    with open_set(tmp_path / "set") as opened:
+        assert opened["lm_head.weight"].tobytes() == _true_bytes(source)["model.embed_tokens.weight"]
+
+
 def test_a_layer_that_is_only_referred_to(source: Path, tmp_path: Path) -> None:
     """In mode "reference" the error says where the weight is; in the partition that has it the layer can be read."""
     split(source, tmp_path / "set", 2, tied="reference")
