@@ -28,6 +28,7 @@ SHOWING_COMMANDS = (
     "docs/other-cuts.md",
     "docs/repair.md",
     "docs/security.md",
+    "docs/export.md",
 )
 #: Signatures need the extra `sign`.
 CAN_SIGN = importlib.util.find_spec("model_signing") is not None

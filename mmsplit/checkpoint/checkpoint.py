@@ -142,7 +142,7 @@ def read_checkpoint(files: CheckpointFiles, *, allow_unknown_dtypes: bool = Fals
         tensors.update((tensor.name, tensor) for tensor in layout.tensors)
         views.update((view.name, view) for view in layout.views)
     # Beside a file that describes its model, a config.json is often only what a download counter wants.
-    config, config_notes = (own_config, ()) if own_config else _read_config(files.storage)
+    config, config_notes = (own_config, ()) if own_config else read_config(files.storage)
     notes += (*config_notes, *_compare_with_index(files, home))
     return Checkpoint(files, tuple(shards), tensors, config, tuple(notes), views)
 
@@ -197,8 +197,8 @@ def _compare_with_index(files: CheckpointFiles, home: dict[str, str]) -> tuple[s
     )
 
 
-def _read_config(storage: Storage) -> tuple[dict[str, object] | None, tuple[str, ...]]:
-    """config.json only cross-checks, so a broken one is a note and not an error."""
+def read_config(storage: Storage) -> tuple[dict[str, object] | None, tuple[str, ...]]:
+    """Return config.json and notes.  It only cross-checks, so a broken one is a note and not an error."""
     size = storage.file_bytes(CONFIG_NAME)
     if size is None:
         return None, ()

@@ -19,6 +19,7 @@ _COMMANDS: Final = {
     "repair": "Make what is damaged in a set again, from the checkpoint or another copy.",
     "sign": "Sign a set, so that others can tell that it is yours.",
     "merge": "Merge a set into the original checkpoint, byte for byte.",
+    "export": "Write partitions, or a model, as safetensors for any loader, or as JSON.",
     "pull": "Get a published set, or some of its partitions, verified on arrival.",
     "push": "Publish a set on the Hub, with a page that says what it is.",
     "bench": "Measure this machine, and say what limits it.",

@@ -5,7 +5,7 @@ from mmsplit.planning.memory_needs import MemoryRequest
 from mmsplit.planning.node_planner import boundaries_of, plan_for_nodes, plan_for_nodes_or_parts
 from mmsplit.planning.node_problem import NodeRequest, Objective
 from mmsplit.planning.nodes import NodeList, binary_size, parse_nodes, parse_reserve
-from mmsplit.planning.plan import Balance, Plan, PlannedLayer, PlannedPartition, iter_stored
+from mmsplit.planning.plan import Balance, Plan, PlannedLayer, PlannedPartition, iter_stored, sorted_part_ids
 from mmsplit.planning.planner import By, PlanRequest, Rule, SplitBy, checkpoint_layers
 from mmsplit.planning.rule_cut import RuleList, parse_rules
 from mmsplit.planning.training_state import TrainingMethod
@@ -37,4 +37,5 @@ __all__ = [
     "plan_checkpoint",
     "plan_for_nodes",
     "plan_for_nodes_or_parts",
+    "sorted_part_ids",
 ]

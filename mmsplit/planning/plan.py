@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from mmsplit.checkpoint import ByteRange, Shard, TensorInfo, TensorView
 from mmsplit.checkpoint.cover import first_byte_not_covered_once
-from mmsplit.errors import PlanError
+from mmsplit.errors import PlanError, RequestError
 from mmsplit.planning.memory_needs import MemoryRequest, Needs
 from mmsplit.planning.nodes import Node
 from mmsplit.planning.rows import require_whole
@@ -234,6 +234,19 @@ def iter_stored(partition: PlannedPartition) -> Iterator[tuple[PlannedLayer, Ten
         if layer.stored:
             for tensor in layer.tensors:
                 yield layer, tensor
+
+
+def sorted_part_ids(only: Collection[int], num_parts: int) -> tuple[int, ...]:
+    """Return which partitions are asked for, in order.  Raises `RequestError` for one that there is not."""
+    part_ids = tuple(sorted(set(only)))
+    wrong = [part_id for part_id in part_ids if type(part_id) is not int or not 0 <= part_id < num_parts]
+    if wrong or not part_ids:
+        raise RequestError(
+            f"there is no partition {wrong[0]}" if wrong else "no partition is asked for",
+            expected=f"0 to {num_parts - 1}",
+            hint="Partitions are counted from 0.",
+        )
+    return part_ids
 
 
 def require_every_byte_accounted_for(

@@ -64,7 +64,7 @@ def find_ties(
     embedding = _token_embedding(layers)
     # A head of nothing but a bias (BART's final_logits_bias) has its weight elsewhere.
     has_head = any(layer.layer_type == "head" and not all(map(_is_bias, layer.tensors)) for layer in layers)
-    declared = _declared(config)
+    declared = declares_tie(config)
     if embedding is None or not _needs_head(config, has_blocks=any(layer.stack for layer in layers)):
         return (), ()
     ties = []
@@ -116,10 +116,10 @@ def _needs_head(config: Mapping[str, object] | None, *, has_blocks: bool) -> boo
     architectures = config.get("architectures")
     if isinstance(architectures, list) and architectures:
         return any(isinstance(name, str) and name.endswith(_WITH_HEAD) for name in architectures)
-    return has_blocks and _declared(config) is True
+    return has_blocks and declares_tie(config) is True
 
 
-def _declared(config: Mapping[str, object] | None) -> bool | None:
+def declares_tie(config: Mapping[str, object] | None) -> bool | None:
     """tie_word_embeddings as config.json has it, at its top or in the text model's part."""
     if config is None:
         return None

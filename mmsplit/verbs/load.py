@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,11 @@ from mmsplit.checkpoint import TensorView
 from mmsplit.checkpoint.file_reader import ReadMode
 from mmsplit.checkpoint.strided import reach_count
 from mmsplit.codec import RAW
-from mmsplit.dtypes import DTYPES
+from mmsplit.dtypes import numpy_dtype
 from mmsplit.errors import MissingPartitionError, RequestError
+from mmsplit.exporting.float32 import as_float32
+from mmsplit.exporting.parameters_json import ExportedLayer, ExportedPartition
+from mmsplit.exporting.tensor import ExportTensor, partition_of
 from mmsplit.sidecar.chunk_loader import Chunk, ChunkLoader, iter_chunks
 from mmsplit.sidecar.manifest import LayerEntry, TensorEntry
 from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files
@@ -32,6 +35,35 @@ from mmsplit.sidecar.slices import whole_of
 from mmsplit.workers import thread_count
 
 Array = NDArray[Any]
+
+
+class PartitionLayer(LayerEntry):
+    """A layer's entry that can read itself: beside what the manifest says it has `shape` and `parameters`."""
+
+    _partition: Partition
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the layer's tensor; of a layer with several, that of `parameters`."""
+        tensors = self._shown()
+        return tensors[0].shape if len(tensors) == 1 else (sum(tensor.params for tensor in tensors),)
+
+    @property
+    def parameters(self) -> NDArray[np.float32]:
+        """All numbers of the layer as float32, flat, tensor after tensor; read anew each time.
+
+        Raises `RequestError` for a dtype that has no float32 form, `MissingPartitionError` for a layer that only refers
+        to another partition.
+        """
+        flat = [_float32(self._partition[tensor.name], tensor) for tensor in self._shown()]
+        return np.concatenate(flat) if flat else np.empty(0, np.float32)
+
+    def _shown(self) -> Sequence[ExportTensor | TensorEntry]:
+        """Return what the layer has under its names; in a layer that only refers to a tied weight, that weight."""
+        if not self.stored and not self.views:
+            return self.tensors
+        found = partition_of(self._partition.part_id, [self])
+        return (*found.tensors, *found.elsewhere)
 
 
 class Partition(Mapping[str, Array]):
@@ -81,9 +113,9 @@ class Partition(Mapping[str, Array]):
         return self._files.manifest.model_id
 
     @property
-    def layers(self) -> tuple[LayerEntry, ...]:
-        """The layers in forward order, with their tensors' entries."""
-        return self._files.manifest.layers
+    def layers(self) -> tuple[PartitionLayer, ...]:
+        """The layers in forward order, with their tensors' entries; each can read itself."""
+        return tuple(map(self._layer, self._files.manifest.layers))
 
     @property
     def total_params(self) -> int:
@@ -103,7 +135,7 @@ class Partition(Mapping[str, Array]):
         entry = self._entries.get(self._aliases.get(name, name))
         if entry is not None:
             return entry
-        for layer in self.layers:
+        for layer in self._files.manifest.layers:
             if name in (layer.alias, layer.tensors[0].name if layer.alias else None):
                 raise MissingPartitionError(
                     f"not stored here: it is {layer.tensors[0].name} of partition {layer.tied_to}",
@@ -152,7 +184,7 @@ class Partition(Mapping[str, Array]):
 
     def layer(self, name: str) -> dict[str, Array]:
         """Return the tensors of one layer; a layer that only refers to another partition raises."""
-        for layer in self.layers:
+        for layer in self._files.manifest.layers:
             if layer.name == name:
                 if not layer.stored and layer.tied_to != self.part_id:
                     raise MissingPartitionError(
@@ -163,7 +195,19 @@ class Partition(Mapping[str, Array]):
                 return self._read([self.entry(tensor.name) for tensor in layer.tensors], "cached")
         raise KeyError(name)
 
-    def iter_layers(self) -> Iterator[tuple[LayerEntry, dict[str, Array]]]:
+    def exported(self) -> ExportedPartition:
+        """Return what `load_partition_json` gives for this partition's JSON: one float32 entry per tensor.
+
+        Takes 4 bytes a parameter.  Raises `RequestError` for a dtype that has no float32 form.
+        """
+        tensors = partition_of(self.part_id, self._files.manifest.layers).tensors
+        layers = tuple(
+            ExportedLayer(tensor.name, tensor.layer_type, tensor.shape, _float32(self[tensor.name], tensor))
+            for tensor in tensors
+        )
+        return ExportedPartition(self.part_id, layers, sum(tensor.params for tensor in tensors))
+
+    def iter_layers(self) -> Iterator[tuple[PartitionLayer, dict[str, Array]]]:
         """Yield each stored layer with its tensors, in forward order; only one layer is in memory at a time."""
         for layer in self.layers:
             if layer.stored:
@@ -181,6 +225,11 @@ class Partition(Mapping[str, Array]):
 
     def __repr__(self) -> str:
         return f"<Partition {self.part_id} of {self.num_parts} of {self.model_id}: {len(self)} tensors>"
+
+    def _layer(self, entry: LayerEntry) -> PartitionLayer:
+        layer = PartitionLayer(*entry)
+        layer._partition = self
+        return layer
 
     def _shown(self, name: str, base: Array) -> Array:
         """Return what a name stands for: the stored tensor, or what a view sees of it, in the same memory."""
@@ -412,6 +461,10 @@ def open_set(
     return PartitionSet(root, manifest, verify=verify, threads=threads, is_bound=root_digest is not None)
 
 
+def _float32(array: Array, entry: TensorEntry | ExportTensor) -> NDArray[np.float32]:
+    return as_float32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), entry.name, entry.dtype).numbers
+
+
 def _writable_bytes(buffer: Any, size_bytes: int, tensor: str) -> NDArray[np.uint8]:
     """Return a caller's buffer as bytes, or say why it cannot take a tensor of that size."""
     # numpy does not export arrays of ml_dtypes as buffers, so arrays are taken as arrays.
@@ -437,14 +490,14 @@ def _writable_bytes(buffer: Any, size_bytes: int, tensor: str) -> NDArray[np.uin
 
 
 def _typed(data: NDArray[np.uint8], entry: TensorEntry) -> Array:
-    dtype = _numpy_dtype(entry.dtype)
+    dtype = numpy_dtype(entry.dtype)
     return data if dtype is None else data.view(dtype).reshape(entry.shape)
 
 
 def _seen(base: Array, view: TensorView) -> Array:
     """Return what a view of a PyTorch file sees of its tensor's memory; a dtype that numpy lacks gives flat bytes."""
     data = base.reshape(-1).view(np.uint8)[view.offset_bytes :]
-    dtype = _numpy_dtype(view.dtype)
+    dtype = numpy_dtype(view.dtype)
     if dtype is None:
         return data
     count = reach_count(view.shape, view.stride)
@@ -454,15 +507,3 @@ def _seen(base: Array, view: TensorView) -> Array:
     # Every element lies in the tensor: the manifest was held to that when it was read.
     writeable = items.flags.writeable and 0 not in view.stride
     return np.lib.stride_tricks.as_strided(items, view.shape, strides, writeable=writeable)
-
-
-def _numpy_dtype(name: str) -> np.dtype[Any] | None:
-    known = DTYPES.get(name)
-    if known is None or known.numpy_name is None:
-        return None
-    dtype = getattr(np, known.numpy_name, None) if known.numpy_name != "bool" else np.bool_
-    if dtype is None:
-        import ml_dtypes
-
-        dtype = getattr(ml_dtypes, known.numpy_name)
-    return np.dtype(dtype)

@@ -6,28 +6,23 @@ Whoever does not trust the disk reads the shards once more, with `sha256sum` or 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from mmsplit.checkpoint import ByteRange, FileReader, IoMode, LocalStorage, Scratch
+from mmsplit.checkpoint import ByteRange, IoMode, LocalStorage
 from mmsplit.errors import IntegrityError, OutputError, OutputExistsError, RequestError
-from mmsplit.merging.lane import Lane
-from mmsplit.merging.span import Span, StoredTensor, iter_spans
+from mmsplit.merging.lanes import write_files
+from mmsplit.merging.span import Span, StoredTensor, iter_stored
 from mmsplit.sidecar.output_directory import OutputDirectory
-from mmsplit.sidecar.output_files import output_errors, partial_path, write_whole_file
+from mmsplit.sidecar.output_files import output_errors, partial_path, sha256_of_file, write_whole_file
 from mmsplit.sidecar.partition_reader import OpenPartition, require_partition
 from mmsplit.sidecar.set_manifest import SetManifest, ShardEntry
 from mmsplit.sidecar.set_reader import open_partition_of_set, read_set_manifest, resolve_set_path
 from mmsplit.sidecar.shard_pieces import KeptPiece, arrange_shard
 from mmsplit.sidecar.shard_writer import ShardWriter
 from mmsplit.sidecar.small_files import copy_small_files, read_small_files, require_free_names
-from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup, thread_count
-
-_HASH_BYTES: Final = 4 << 20
-#: Threads that decode for one lane: hashing, which is one thread there, keeps no more of them busy.
-_MOST_DECODERS: Final = 4
+from mmsplit.workers import ProgressCallback, ProgressCounter, thread_count
 
 
 class MergeResult(NamedTuple):
@@ -160,7 +155,7 @@ def _keep_finished(out: Path, shards: Sequence[ShardEntry], resume: bool) -> lis
                 path=path,
                 hint="Remove it, or choose another directory.",
             )
-        found = "" if path.stat().st_size != shard.size_bytes else _sha256_of(path)
+        found = "" if path.stat().st_size != shard.size_bytes else sha256_of_file(path)
         if found != shard.sha256:
             raise OutputExistsError(
                 "another file has the name of a shard",
@@ -186,15 +181,6 @@ def _require_no_other_index(out: Path, manifest: SetManifest) -> None:
             )
 
 
-def _sha256_of(path: Path) -> str:
-    digest, scratch = hashlib.sha256(), Scratch()
-    with output_errors(path), FileReader(path) as reader:
-        for start in range(0, reader.size_bytes, _HASH_BYTES):
-            with reader.borrow(start, min(start + _HASH_BYTES, reader.size_bytes), scratch) as view:
-                digest.update(view)
-    return f"sha256:{digest.hexdigest()}"
-
-
 def _write_shards(
     out: Path,
     shards: Sequence[ShardEntry],
@@ -202,31 +188,16 @@ def _write_shards(
     threads: int,
     progress: ProgressCallback | None,
 ) -> None:
-    if not shards:
-        return
     writers = [ShardWriter(out, shard) for shard in shards]
     counter = ProgressCounter("merge", sum(shard.size_bytes for shard in shards), progress)
-    todo = JobStream(iter(writers))
 
-    def iter_lane() -> Iterator[Span]:
-        while (writer := todo.take()) is not None:
-            yield from iter_spans(writer, pieces[writer.entry.name])
-
-    lane_count = min(len(writers), (threads + 1) // 2)
-    decoders = min(_MOST_DECODERS, -(-threads // lane_count))
-    lanes = [Lane(iter_lane(), decoders, counter) for _ in range(lane_count)]
-
-    def cancel() -> None:
-        for lane in lanes:
-            lane.cancel()
+    def iter_shard(writer: ShardWriter) -> Iterator[Span]:
+        shard = pieces[writer.entry.name]
+        return iter_stored(writer, 0, (piece.data if isinstance(piece, KeptPiece) else piece for piece in shard))
 
     try:
-        with WorkerGroup(cancel) as group:
-            for lane in lanes:
-                lane.start(group)
+        write_files(writers, iter_shard, threads, counter)
     finally:
-        for lane in lanes:
-            lane.close()
         for writer in writers:
             writer.close()
     for writer in writers:

@@ -10,7 +10,16 @@ from typing import Final, get_args
 from mmsplit.checkpoint import Checkpoint, IoMode
 from mmsplit.codec import CODEC_NAMES, CodecName
 from mmsplit.errors import RequestError
-from mmsplit.planning import By, NodeRequest, PlanRequest, Rule, SplitBy, TiedMode, plan_for_nodes_or_parts
+from mmsplit.planning import (
+    By,
+    NodeRequest,
+    PlanRequest,
+    Rule,
+    SplitBy,
+    TiedMode,
+    plan_for_nodes_or_parts,
+    sorted_part_ids,
+)
 from mmsplit.remote.source import HubOptions, hub_address_of, open_source
 from mmsplit.sidecar.manifest_builder import Origin
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory
@@ -91,7 +100,7 @@ def split(
         io=io,
         direct=direct,
         source_sha256=source_sha256,
-        only=None if only is None else _sorted_part_ids(only, plan.num_parts),
+        only=None if only is None else sorted_part_ids(only, plan.num_parts),
     )
     headers = {shard.name: source.read_kept(shard.name) for shard in source.shards}
     origin = Origin(
@@ -111,18 +120,6 @@ def split(
         )
     with OutputDirectory(Path(output)) as out:
         return SplitRun(source, plan, origin, options, out, kept, progress).execute(existing)
-
-
-def _sorted_part_ids(only: Collection[int], num_parts: int) -> tuple[int, ...]:
-    part_ids = tuple(sorted(set(only)))
-    wrong = [part_id for part_id in part_ids if type(part_id) is not int or not 0 <= part_id < num_parts]
-    if wrong or not part_ids:
-        raise RequestError(
-            f"there is no partition {wrong[0]}" if wrong else "no partition is asked for",
-            expected=f"0 to {num_parts - 1}",
-            hint="Partitions are counted from 0.",
-        )
-    return part_ids
 
 
 def _source_digest(checkpoint: Checkpoint, headers: dict[str, bytes]) -> str:

@@ -335,6 +335,48 @@ def test_a_layer_that_is_only_referred_to(source: Path, tmp_path: Path) -> None:
         assert partition.layer("lm_head").keys() == {"model.embed_tokens.weight"}
 
 
+def test_layers_have_what_the_original_system_had(made: Path, source: Path) -> None:
+    """name, layer_type, shape and flat float32 parameters; a layer of several tensors is one flat array."""
+    with open_set(made) as opened:
+        for part_id in range(2):
+            partition = opened.partition(part_id)
+            assert partition.total_params == sum(layer.total_params for layer in partition.layers)
+            for layer in partition.layers:
+                if layer.layer_type == "block":  # has tensors of every dtype, some of which are no numbers
+                    assert layer.shape == (sum(tensor.params for tensor in layer.tensors),)
+                    with pytest.raises(RequestError, match="float32") as raised:
+                        _ = layer.parameters
+                    assert raised.value.tensor in {tensor.name for tensor in layer.tensors}
+                    continue
+                (tensor,) = layer.tensors
+                assert (layer.shape, layer.total_params) == (tensor.shape, layer.parameters.size)
+                assert layer.parameters.dtype == np.float32
+                expected = partition[tensor.name].astype(np.float32).reshape(-1)
+                assert np.array_equal(layer.parameters, expected, equal_nan=True)
+        with pytest.raises(RequestError, match="float32"):
+            opened.partition(0).exported()
+
+
+def test_parameters_of_several_tensors_follow_each_other(tmp_path: Path) -> None:
+    """In the order of `tensors`; a layer that only refers to another partition says where its weight is."""
+    weights = [
+        Weight("model.embed_tokens.weight", "F32", (4, 3), 0),
+        Weight("model.layers.0.mlp.weight", "BF16", (2, 3), 0),
+        Weight("model.layers.0.norm.bias", "I8", (5,), 0),
+    ]
+    root = write_checkpoint(tmp_path / "model", [weights], files={"config.json": CAUSAL_CONFIG})
+    split(root, tmp_path / "set", 2, tied="reference", boundaries=["model.layers.0"])
+    with open_partition(tmp_path / "set" / "partition_1.json") as partition:
+        block, head = partition.layers
+        arrays = partition.layer(block.name)
+        flat = [float(value) for tensor in block.tensors for value in arrays[tensor.name].reshape(-1)]
+        assert (block.shape, block.parameters.tolist()) == ((11,), flat)
+        assert head.shape == (4, 3)
+        with pytest.raises(MissingPartitionError, match="of partition 0"):
+            _ = head.parameters
+        assert [layer.name for layer in partition.exported().layers] == [tensor.name for tensor in block.tensors]
+
+
 def test_layers_in_forward_order(made: Path) -> None:
     """Layer by layer is how a partition is meant to be used; names and totals are those of the plan."""
     with open_set(made) as opened:
