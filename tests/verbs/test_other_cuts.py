@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 import mmsplit
 from mmsplit.checkpoint import SourcePlace
 from mmsplit.errors import IntegrityError, MissingPartitionError, OutputExistsError, PlanError
+from mmsplit.repairing.planned_partition import planned_partition
+from mmsplit.sidecar.manifest import parse_manifest
 
 EXPERTS = 5
 PACKED = "model.layers.0.mlp.experts.gate_up_proj"
@@ -280,6 +282,13 @@ def test_slices_are_repaired(
     assert not mmsplit.verify(parts).ok
     assert mmsplit.repair(parts, source=source if kind == "checkpoint" else sound).ok
     assert tree(parts) == tree(sound)
+
+
+def test_a_manifest_says_what_was_planned(source: Path, parts: Path) -> None:
+    """From it alone come the same layers, slices included: what a lost payload is made again by."""
+    for planned in mmsplit.plan(source, 4, split_by="expert").partitions:
+        path = parts / f"partition_{planned.part_id}.json"
+        assert planned_partition(parse_manifest(path.read_bytes(), str(path))).layers == planned.layers
 
 
 def test_another_slice_is_no_copy(parts: Path) -> None:
