@@ -96,6 +96,7 @@ HOUSE = {
         "node_problem",
         "misfit",
         "node_planner",
+        "lookalikes",
     ],
     "codec": ["word", "chunk_codec", "extent"],
     "sidecar": [
@@ -134,7 +135,7 @@ HOUSE = {
         "scrub_run",
     ],
     "merging": ["span", "lane"],
-    "splitting": ["partition_run", "slot_jobs", "stored_shards", "same_weights", "split_run"],
+    "splitting": ["equal_tensors", "partition_run", "slot_jobs", "stored_shards", "same_weights", "split_run"],
     "repairing": [
         "ledger",
         "sources",
