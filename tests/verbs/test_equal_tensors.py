@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import mmsplit
 from mmsplit.checkpoint import Checkpoint, FileReader, open_checkpoint
+from mmsplit.dtypes import DTYPES
 from mmsplit.planning import PlanRequest, plan_checkpoint
 from mmsplit.splitting import fold_equal_tensors
 
@@ -264,6 +265,21 @@ def test_single_partitions_and_resumed_splits_decide_alike(tmp_path: Path, tied:
     mmsplit.split(source, tmp_path / "single", 3, tied=tied, only=[1], existing="resume")
     assert tree(tmp_path / "single") == tree(tmp_path / "whole")
     assert mmsplit.split(source, tmp_path / "whole", 3, tied=tied, existing="resume").already_finished
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_any_dtype_is_read_under_both_names(tmp_path: Path, dtype: str) -> None:
+    """Also those that are not numpy's own, or packed."""
+    raw = Raw(dtype, (4, 48 * 8 // DTYPES[dtype].bits), data_of(192, 200, 1) if dtype != "BOOL" else bytes(192))
+    tensors = {EMBEDDING: raw, **blocks(), HEAD: raw}
+    source = write(tmp_path / "model", tensors)
+    result = require_round_trip(source, tmp_path, 2, {EMBEDDING: raw.data, HEAD: raw.data})
+    assert not any(HEAD in names for names in stored_names(result))
+    with mmsplit.open_partition(tmp_path / "set" / "partition_1.json") as partition:
+        assert (partition[HEAD].dtype, partition[HEAD].shape) == (
+            partition[EMBEDDING].dtype,
+            partition[EMBEDDING].shape,
+        )
 
 
 @pytest.mark.parametrize("part_ids", [[0], [1], [0, 1]])
