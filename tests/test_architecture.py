@@ -58,6 +58,7 @@ HOUSE = {
         "open_url",
         "repository",
         "range_fetcher",
+        "small_ranges",
         "disk",
         "content_hash",
         "hub_storage",
