@@ -58,6 +58,7 @@ HOUSE = {
         "open_url",
         "repository",
         "range_fetcher",
+        "small_ranges",
         "disk",
         "content_hash",
         "hub_storage",
@@ -96,6 +97,7 @@ HOUSE = {
         "node_problem",
         "misfit",
         "node_planner",
+        "lookalikes",
     ],
     "codec": ["word", "chunk_codec", "extent"],
     "sidecar": [
@@ -149,7 +151,7 @@ HOUSE = {
         "export_record",
         "export_run",
     ],
-    "splitting": ["partition_run", "slot_jobs", "stored_shards", "same_weights", "split_run"],
+    "splitting": ["equal_tensors", "partition_run", "slot_jobs", "stored_shards", "same_weights", "split_run"],
     "repairing": [
         "ledger",
         "sources",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -55,6 +56,7 @@ class Checkpoint:
         notes: tuple[str, ...],
         views: dict[str, TensorView] | None = None,
     ) -> None:
+        self._files = files
         self.storage = files.storage
         self.shards = shards
         self.tensors = tensors
@@ -80,6 +82,10 @@ class Checkpoint:
     def location_of(self, name: str) -> str:
         """Where one of its files is, as a person would name it."""
         return self.storage.location_of(name)
+
+    def folded(self, tensors: dict[str, TensorInfo], views: dict[str, TensorView], notes: Iterable[str]) -> Checkpoint:
+        """Return the same checkpoint with other records of what lies where, and more notes."""
+        return Checkpoint(self._files, self.shards, tensors, self.config, (*self.notes, *notes), views)
 
     def open_shard(self, name: str, io: IoMode = "auto") -> RangeReader:
         """Open a shard for reading; raises `SourceChangedError` if it is not the file whose header was read."""

@@ -39,6 +39,11 @@ def is_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return True
 
 
+def row_major_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the stride of a tensor whose elements lie in row-major order without gaps."""
+    return tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
+
+
 def iter_row_major(
     lend: Callable[[int, int], AbstractContextManager[memoryview]],
     item_bytes: int,

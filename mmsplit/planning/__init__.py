@@ -1,6 +1,7 @@
 """Who gets what: layers and a request -> `Plan`.  Pure; its JSON is the dry run."""
 
 from mmsplit.planning.cuts import plan_checkpoint
+from mmsplit.planning.lookalikes import possible_ties
 from mmsplit.planning.memory_needs import MemoryRequest
 from mmsplit.planning.node_planner import boundaries_of, plan_for_nodes, plan_for_nodes_or_parts
 from mmsplit.planning.node_problem import NodeRequest, Objective
@@ -37,5 +38,6 @@ __all__ = [
     "plan_checkpoint",
     "plan_for_nodes",
     "plan_for_nodes_or_parts",
+    "possible_ties",
     "sorted_part_ids",
 ]

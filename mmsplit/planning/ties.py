@@ -85,7 +85,7 @@ def find_ties(
                 " to be tied to it",
             )
     elif declared is True and called.head_weight in names and called.head_weight not in views:
-        notes = (f"config.json says the head is tied, but {called.head_weight} is stored too; both are kept",)
+        notes = (f"config.json says the head is tied, but {called.head_weight} is stored, too",)
     return tuple(ties), notes
 
 
@@ -120,7 +120,7 @@ def _needs_head(config: Mapping[str, object] | None, *, has_blocks: bool) -> boo
 
 
 def declares_tie(config: Mapping[str, object] | None) -> bool | None:
-    """tie_word_embeddings as config.json has it, at its top or in the text model's part."""
+    """Return tie_word_embeddings as config.json has it, at its top or in the text model's part."""
     if config is None:
         return None
     for part in (config, config.get("text_config"), config.get("llm_config"), config.get("language_config")):

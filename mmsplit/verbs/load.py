@@ -501,9 +501,11 @@ def _seen(base: Array, view: TensorView) -> Array:
     if dtype is None:
         return data
     count = reach_count(view.shape, view.stride)
-    items = data[: count * dtype.itemsize].copy() if view.offset_bytes % dtype.itemsize else data
-    items = items[: count * dtype.itemsize].view(dtype)
-    strides = tuple(step * dtype.itemsize for step in view.stride)
-    # Every element lies in the tensor: the manifest was held to that when it was read.
-    writeable = items.flags.writeable and 0 not in view.stride
-    return np.lib.stride_tricks.as_strided(items, view.shape, strides, writeable=writeable)
+    items = data[: count * dtype.itemsize]
+    if view.offset_bytes % dtype.itemsize:
+        items = items.copy()
+    # The constructor checks that every element lies within; as_strided cannot describe all dtypes of ml_dtypes.
+    shown: Array = np.ndarray(view.shape, dtype, items, strides=tuple(step * dtype.itemsize for step in view.stride))
+    if 0 in view.stride:
+        shown.flags.writeable = False  # its elements are one
+    return shown

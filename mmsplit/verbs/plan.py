@@ -21,6 +21,7 @@ from mmsplit.planning import (
     parse_nodes,
     parse_rules,
     plan_for_nodes_or_parts,
+    possible_ties,
 )
 from mmsplit.remote.source import HubOptions, open_source
 
@@ -60,7 +61,8 @@ def plan(
         split_by=split_by,
         rule=rule,
     )
-    return plan_for_nodes_or_parts(source, request, nodes)
+    planned = plan_for_nodes_or_parts(source, request, nodes)
+    return planned._replace(notes=(*planned.notes, *possible_ties(planned, source.config)))
 
 
 def read_nodes(path: str | Path, reserve: float | str | None = None) -> NodeList:

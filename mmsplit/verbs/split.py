@@ -24,7 +24,7 @@ from mmsplit.remote.source import HubOptions, hub_address_of, open_source
 from mmsplit.sidecar.manifest_builder import Origin
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory
 from mmsplit.sidecar.set_manifest import KeptBytes
-from mmsplit.splitting import SplitOptions, SplitResult, SplitRun
+from mmsplit.splitting import SplitOptions, SplitResult, SplitRun, fold_equal_tensors
 from mmsplit.workers import ProgressCallback, thread_count
 
 _EXISTING: Final = ", ".join(get_args(Existing))
@@ -84,6 +84,7 @@ def split(
         # What is asked for, a branch say, is not what the manifests record: that is the commit.
         hub, revision = hub._replace(revision=hub.revision or revision), None
     source = open_source(source, hub, allow_unknown_dtypes=allow_unknown_dtypes)
+    source = fold_equal_tensors(source, io, progress)
     request = PlanRequest(
         num_parts=num_parts,
         by=by,

@@ -15,7 +15,9 @@ from mmsplit.checkpoint import (
     Scratch,
     ShardRange,
     ShardReaders,
+    SourcePlace,
     TensorInfo,
+    TensorRows,
     iter_with_read_ahead,
     slice_rows,
 )
@@ -24,7 +26,6 @@ from mmsplit.errors import CheckpointError, FormatError, IntegrityError, Request
 from mmsplit.remote.source import HubOptions, open_source
 from mmsplit.sidecar.chunk_check import check_chunks
 from mmsplit.sidecar.layout import CHUNK_BYTES
-from mmsplit.sidecar.manifest import TensorEntry
 from mmsplit.sidecar.output_directory import STATE_NAME
 from mmsplit.sidecar.partition_reader import Fault, OpenPartition, Report, read_partition_files
 from mmsplit.sidecar.scrub_run import Scrub, ScrubRun
@@ -295,14 +296,13 @@ def _verify_small_files(root: Path, files: Sequence[FileEntry], level: Level, re
 
 
 def _ranges_of(job: _SourceChunk) -> tuple[ShardRange, ...]:
-    return (ShardRange(job.tensor.shard, job.start, job.stop),)
+    return (ShardRange(job.place.shard, job.start, job.stop),)
 
 
 class _SourceChunk(NamedTuple):
-    """Bytes [start, stop) of a source shard, and the checksum that the partition recorded for them."""
+    """Bytes [start, stop) of a source shard, within the place of a tensor, and the checksum recorded for them."""
 
-    partition: OpenPartition
-    tensor: TensorEntry
+    place: SourcePlace
     start: int
     stop: int
     raw_xxh3: int
@@ -329,8 +329,8 @@ def _verify_against(
             def work(job: _SourceChunk) -> None:
                 what = _source_fault(job, readers, scratch)
                 if what is not None:
-                    file = source.location_of(job.tensor.shard)
-                    report(Fault(file, what, job.start, job.stop, part_id, None, job.tensor.name))
+                    file = source.location_of(job.place.shard)
+                    report(Fault(file, what, job.start, job.stop, part_id, None, job.place.name))
                 counter.add(job.stop - job.start)
 
             return work
@@ -343,7 +343,7 @@ def _verify_against(
 def _source_fault(job: _SourceChunk, readers: ShardReaders, scratch: Scratch) -> str | None:
     """Return what is wrong with a chunk of the source, if anything; a file that fails is a finding, not the end."""
     try:
-        with readers.lend(job.tensor.shard) as reader, reader.borrow(job.start, job.stop, scratch) as view:
+        with readers.lend(job.place.shard) as reader, reader.borrow(job.start, job.stop, scratch) as view:
             same = xxhash.xxh3_64_intdigest(view) == job.raw_xxh3
     except CheckpointError as error:
         return f"source cannot be compared: {error.what}"
@@ -366,9 +366,9 @@ def _compare_headers(manifest: SetManifest, source: Checkpoint, report: Report) 
         report(Fault(shard.location, "source shard is not part of the set"))
 
 
-def _in_source(tensor: TensorEntry, source: Checkpoint) -> TensorInfo | None:
+def _in_source(place: SourcePlace, rows: TensorRows | None, source: Checkpoint) -> TensorInfo | None:
     """Return the tensor of that name in the source, or the rows of it that a slice has."""
-    whole, rows = source.tensors.get(tensor.name), tensor.rows
+    whole = source.tensors.get(place.name)
     if whole is None or rows is None or whole.shape != rows.shape:
         return whole
     return slice_rows(whole, rows.start, rows.stop)
@@ -376,29 +376,31 @@ def _in_source(tensor: TensorEntry, source: Checkpoint) -> TensorInfo | None:
 
 def _iter_source_chunks(partition: OpenPartition, source: Checkpoint, report: Report) -> Iterator[_SourceChunk]:
     for tensor in partition.tensors:
-        there = _in_source(tensor, source)
-        place = (tensor.shard, tensor.source_start, tensor.source_stop, tensor.dtype, tensor.shape)
-        if there is None or place != (
-            there.shard,
-            there.start_offset,
-            there.stop_offset,
-            there.dtype,
-            there.shape,
-        ):
-            what = "tensor is missing in the source" if there is None else "source has the tensor in another form"
-            report(
-                Fault(
-                    source.location_of(tensor.shard),
-                    what,
-                    tensor.source_start,
-                    tensor.source_stop,
-                    partition.manifest.part_id,
-                    None,
-                    tensor.name,
+        for place in tensor.places():
+            there = _in_source(place, tensor.rows, source)
+            expected = (*place, tensor.dtype, tensor.shape)
+            if there is None or expected != (
+                there.name,
+                there.shard,
+                there.start_offset,
+                there.stop_offset,
+                there.dtype,
+                there.shape,
+            ):
+                what = "tensor is missing in the source" if there is None else "source has the tensor in another form"
+                report(
+                    Fault(
+                        source.location_of(place.shard),
+                        what,
+                        place.start_offset,
+                        place.stop_offset,
+                        partition.manifest.part_id,
+                        None,
+                        place.name,
+                    )
                 )
-            )
-            continue
-        for number in range(tensor.chunk_count):
-            record = partition.index[tensor.first_chunk + number]
-            start = tensor.source_start + number * CHUNK_BYTES
-            yield _SourceChunk(partition, tensor, start, start + int(record["raw_bytes"]), int(record["raw_xxh3"]))
+                continue
+            for number in range(tensor.chunk_count):
+                record = partition.index[tensor.first_chunk + number]
+                start = place.start_offset + number * CHUNK_BYTES
+                yield _SourceChunk(place, start, start + int(record["raw_bytes"]), int(record["raw_xxh3"]))
