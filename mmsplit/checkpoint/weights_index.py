@@ -21,7 +21,8 @@ def parse_weights_index(data: bytes, path: str, suffixes: Sequence[str]) -> dict
         raise CheckpointError(what, path=path, tensor=tensor, found=found) from None
 
     try:
-        index = json.loads(data)
+        # Strictly UTF-8: json.loads would also take UTF-16 and 32, which other readers do not.
+        index = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         fail(f"weights index is not JSON: {error}")
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
