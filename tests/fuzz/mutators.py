@@ -17,7 +17,8 @@ NAMES = (
     "../x", "..", ".", "", "/", "/etc/x", "//x", "a/../../x", "a/..", "a//b", "./x", "a/./x", "a/", "C:\\x", "C:x",
     "..\\x", "\\\\host\\share\\x", "NUL", "nul.txt", "CON", "x.", "x ", " x", "x:stream", "a\0b", "a\nb", "a\rb",
     "\x1b[2J", "\u202ex", "\ufeffx", "\ud800", "é", "e\u0301", "É", "config.JSON", "Config.json", "ﬁle", "n" * 300,
-    "é" * 200, "d/" * 200 + "x", "partition_0.bin", "PARTITION_0.bin", "partition_set.json", "partition_set.json.partial",
+    "é" * 200, "d/" * 200 + "x", "partition_0.bin", "PARTITION_0.bin", "partition_set.json",
+    "partition_set.json.partial",
     "unfinished_split.json", ".mmsplit.lock", "partition_0.bin.journal", "x.partial", "~", "~/x", "$HOME/x", "-rf", "*",
     ".git/config", ".bashrc", "model.safetensors", "%2e%2e%2fx", "..%2fx", "?", "#", "x?y", "x#y",
 )  # fmt: skip
@@ -25,7 +26,8 @@ NAMES = (
 #: JSON texts that no `json.dumps` writes.
 _RAW_JSON = (
     "NaN", "Infinity", "-Infinity", "-0", "1e999", "1E400", "0.1", "1e-999", "9" * 5000, "-1", "1.0", "01", "+1", ".5",
-    "[" * 900 + "]" * 900, "[" * 200_000, '{"a":' * 5_000 + "1" + "}" * 5_000, '"\\ud800"', '"\\udc00\\ud800"', '"\\u0000"',
+    "[" * 900 + "]" * 900, "[" * 200_000, '{"a":' * 5_000 + "1" + "}" * 5_000, '"\\ud800"', '"\\udc00\\ud800"',
+    '"\\u0000"',
     '"\ud800"', "'x'", "nul", '{"a":1,"a":2}', "[1,]", "/*x*/1", "\u00a0", "\ufeff1", '"a\nb"', "18446744073709551616",
 )  # fmt: skip
 
@@ -140,7 +142,9 @@ def _another(value: Any, random: Random, odd: Sequence[Any]) -> Any:
         near = value + random.choice((-4096, -40, -8, -1, 1, 8, 40, 4096))
         return random.choice((near, near, random.choice(EDGES), -1, 2**64, 10**30, float(value), str(value), True))
     if type(value) is str and kind < 0.7:
-        return random.choice((random.choice(NAMES), random.choice(NAMES), value + "x", value[:-1], value.upper(), "0" * 16))
+        return random.choice(
+            (random.choice(NAMES), random.choice(NAMES), value + "x", value[:-1], value.upper(), "0" * 16)
+        )
     if odd and kind < 0.8:
         return random.choice(list(odd))
     return random.choice((None, True, False, -1, 0, 1.5, "", "x", [], {}, [[]], [{}], {"a": []}, random.choice(EDGES)))

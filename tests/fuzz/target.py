@@ -84,7 +84,7 @@ def _require_well_said(error: MmsplitError) -> None:
 def without_waiting() -> Iterator[None]:
     """Nothing here loses power: syncs need not wait for the disk."""
     real = os.fsync
-    os.fsync = lambda fd: None
+    os.fsync = lambda _: None
     try:
         yield
     finally:
