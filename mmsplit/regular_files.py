@@ -28,6 +28,15 @@ def is_regular(path: Path) -> bool:
 
 
 def read_regular(path: Path) -> bytes:
-    """Return the content of a regular file.  Raises `OSError`."""
+    """Return the content of a regular file, as far as its length says: there are some in /proc that never end.
+
+    Raises `OSError`.
+    """
     require_regular(path)
-    return path.read_bytes()
+    with path.open("rb", buffering=0) as file:
+        left = os.fstat(file.fileno()).st_size
+        pieces = []
+        while left and (piece := file.read(left)):
+            pieces.append(piece)
+            left -= len(piece)
+    return b"".join(pieces)

@@ -59,9 +59,8 @@ class LocalStorage:
 
     def names(self) -> list[str]:
         """Sorted names of the files right inside; raises `OSError`."""
-        return sorted(
-            entry.name for entry in os.scandir(self.directory) if _is_file(entry) and not entry.name.startswith(".")
-        )
+        with os.scandir(self.directory) as entries:
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_file(entry))
 
     def walk(self, deep: bool, notes: list[str]) -> Iterator[tuple[str, int | None]]:
         """Yield name and length of every file; other people's partition sets are left out.
@@ -149,7 +148,12 @@ class LocalStorage:
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
     """Whether it is a file, or a shard that a link promises: a Hub cache that lost a blob has such links."""
-    return entry.is_file() or (entry.is_symlink() and form_of(entry.name) is not None and not entry.is_dir())
+    try:
+        if entry.is_file() or entry.is_dir():
+            return entry.is_file()
+    except OSError:
+        pass  # a link that leads to itself
+    return entry.is_symlink() and form_of(entry.name) is not None
 
 
 def _lies_in(path: Path, homes: frozenset[str]) -> bool:

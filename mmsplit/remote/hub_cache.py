@@ -24,6 +24,7 @@ from typing import Final, Protocol
 
 from mmsplit.durable import make_directory, sync_directory
 from mmsplit.errors import RequestError
+from mmsplit.regular_files import is_regular
 from mmsplit.remote.disk import download_errors, write_small_file
 from mmsplit.remote.file_download import PARTIAL_SUFFIX
 from mmsplit.remote.repository import HubFile, HubRepository, is_safe_name
@@ -215,7 +216,7 @@ class LocalFolder:
     def find(self, file: HubFile) -> Path | None:
         """The file of that name."""
         path = self.path(file)
-        return path if path.is_file() else None
+        return path if is_regular(path) else None
 
     def may_replace(self, file: HubFile) -> bool:
         """Whether it is a download that nobody touched since, such as that of an older commit."""

@@ -261,7 +261,7 @@ def _parse_layer(fields: Fields) -> LayerEntry:
         stored_bytes=fields.count("stored_bytes"),
         tensors=tensors,
         alias=alias,
-        tied_to=None if alias is None else fields.optional("tied_to", int),
+        tied_to=fields.optional("tied_to", int),
         stored=True if alias is None else fields.get("stored", bool),
         views=tuple(_parse_view(view) for view in fields.each("views")) if "views" in fields.values else (),
     )

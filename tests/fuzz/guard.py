@@ -91,30 +91,39 @@ _hooked: list[bool] = []
 
 @contextmanager
 def guarded(guard: Guard, *, most_bytes: int | None = MOST_BYTES) -> Iterator[None]:
-    """Run a block under a guard; raises `Violation` for what it must not do, for memory, and if it does not end.
-
-    Counting memory makes everything several times slower; with None it is not counted.
-    """
+    """Run a block under a guard, and within limits; raises `Violation`."""
     if not _hooked:
         sys.addaudithook(_hook)
         _hooked.append(True)
+    _watching.append(guard)
+    try:
+        with limited(most_bytes):
+            yield
+    finally:
+        _watching.remove(guard)
+    if guard.broken:
+        raise Violation("; ".join(guard.broken[:3]))
+
+
+@contextmanager
+def limited(most_bytes: int | None = MOST_BYTES) -> Iterator[None]:
+    """Run a block that must come to an end, and take no more memory; raises `Violation`.
+
+    Counting memory makes everything several times slower; with None it is not counted.
+    """
     if most_bytes is not None:
         tracemalloc.start()
     handler = signal.signal(signal.SIGALRM, _hangs)
     signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)
     faulthandler.dump_traceback_later(4 * HANG_SECONDS, exit=True)  # where not even a signal gets through
-    _watching.append(guard)
     try:
         yield
     finally:
-        _watching.remove(guard)
         faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    if guard.broken:
-        raise Violation("; ".join(guard.broken[:3]))
     if most_bytes is not None and peak > most_bytes:
         raise Violation(f"{peak:,} bytes of memory for a file of a few kilobytes")
 

@@ -172,7 +172,6 @@ def dump_json(value: Any, random: Random) -> bytes:
 def mutate_json(data: bytes, random: Random, odd: Sequence[Any] = ()) -> bytes:
     """Change what a JSON text says, or how it says it."""
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
+        return dump_json(mutate_values(json.loads(data), random, odd), random)
+    except (ValueError, RecursionError, OverflowError):  # no JSON any more, or too much of it for `json`
         return mutate_bytes(data, random)
-    return dump_json(mutate_values(value, random, odd), random)

@@ -121,7 +121,8 @@ _kept = st.binary(max_size=50).map(KeptBytes.of)
 def _shards(draw: st.DrawFn, name: str) -> ShardEntry:
     sha256 = draw(st.none() | _digest)
     is_published = sha256 is not None and draw(st.booleans())
-    return ShardEntry(name, draw(_count), sha256, draw(_kept), is_published)
+    kept = draw(_kept)
+    return ShardEntry(name, max(draw(_count), kept.size_bytes), sha256, kept, is_published)
 
 
 @st.composite
