@@ -158,9 +158,8 @@ def _parse_directory(directory: bytes, count: int, start: int, path: str) -> lis
     for _ in range(count):
         if directory[position : position + 4] != b"PK\x01\x02" or len(directory) - position < _CENTRAL.size:
             _fail("zip file's directory ends early or is damaged", path, start + position)
-        _, _, needed, flags, method, _, _, _, stored, size, *lengths, disk, _, attributes, offset = (
-            _CENTRAL.unpack_from(directory, position)
-        )
+        fields = _CENTRAL.unpack_from(directory, position)
+        _, _, needed, flags, method, _, _, _, stored, size, *lengths, disk, _, attributes, offset = fields
         name_length, extra_length, comment_length = lengths
         name_start = position + _CENTRAL.size
         extra_start = name_start + name_length

@@ -116,7 +116,7 @@ class HubCache:
 
     def find(self, file: HubFile) -> Path | None:
         """What the snapshot has, else the blob."""
-        return next((path for path in (self.path(file), self.blob(file)) if path.is_file()), None)
+        return next((path for path in (self.path(file), self.blob(file)) if is_regular(path)), None)
 
     def may_replace(self, file: HubFile) -> bool:  # noqa: ARG002
         """Whatever is called by a hash and does not have it is of no use to anybody."""
@@ -128,7 +128,7 @@ class HubCache:
 
     def is_in_place(self, file: HubFile) -> bool:
         """Whether the snapshot has it."""
-        return self.path(file).is_file()
+        return is_regular(self.path(file))
 
     def put_in_place(self, file: HubFile) -> None:
         """Link a blob that another snapshot brought, or copy it."""

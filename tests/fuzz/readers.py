@@ -21,7 +21,7 @@ from mmsplit.checkpoint.header import LENGTH_BYTES, parse_header, parse_header_l
 from mmsplit.checkpoint.torch_file import TorchFile, read_torch_file
 from mmsplit.checkpoint.torch_tensors import lay_out_torch_file
 from mmsplit.checkpoint.weights_index import is_plain_name, parse_weights_index
-from mmsplit.errors import MmsplitError
+from mmsplit.errors import IntegrityError, MmsplitError
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD, find_fault
 from mmsplit.sidecar.layout import DATA_START
 from mmsplit.sidecar.manifest import format_manifest, parse_manifest
@@ -147,7 +147,7 @@ def check_set_manifest(data: bytes) -> None:
 def check_chunk_index(data: bytes) -> None:
     """An index without a fault is, counted with whole numbers, chunks side by side in the data."""
     if len(data) % CHUNK_RECORD.itemsize:
-        return
+        raise IntegrityError("no whole number of records", path="f")
     index = np.frombuffer(data, CHUNK_RECORD)
     sizes: list[int] = []
     for record in index[:1000]:
@@ -158,8 +158,9 @@ def check_chunk_index(data: bytes) -> None:
             sizes[-1] += int(record["raw_bytes"])
     last = int(index[-1]["stored_offset"]) + int(index[-1]["stored_bytes"]) if len(index) else DATA_START
     data_stop = -(-last // 4096) * 4096
-    if find_fault(index, sizes, data_stop) is not None:
-        return
+    fault = find_fault(index, sizes, data_stop)
+    if fault is not None:
+        raise IntegrityError(fault[1], path="f")
     position = DATA_START
     for record in index:
         start, stored = int(record["stored_offset"]), int(record["stored_bytes"])
