@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "mmsplit"
 
 #: Rooms from the top down.  A module may import from rooms above its own; within a room, from files listed earlier.
 HOUSE = {
-    "foundation": ["errors", "digests", "durable", "dtypes", "workers", "queues"],
+    "foundation": ["errors", "digests", "durable", "regular_files", "dtypes", "workers", "queues"],
     "checkpoint": [
         "tensor",
         "header",
@@ -311,6 +311,11 @@ def test_only_the_cli_prints(module: str) -> None:
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         assert not (isinstance(node, ast.Name) and node.id == "print")
         assert not (isinstance(node, ast.Attribute) and node.attr in ("stdout", "stderr"))
+
+
+def test_one_place_reads_whole_files() -> None:
+    """Whoever reads a file of a name may meet a FIFO or /dev/zero there, but not who asks for a regular one."""
+    assert [m for m, path in MODULES.items() if ".read_bytes()" in path.read_text()] == []
 
 
 def test_one_place_maps_memory() -> None:

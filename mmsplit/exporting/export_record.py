@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from mmsplit.errors import FormatError, IntegrityError, OutputExistsError
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.json_fields import Fields, load_json_object
 from mmsplit.sidecar.output_files import output_errors, sha256_of_file, write_whole_file
 
@@ -84,7 +85,7 @@ def read_record(directory: Path) -> ExportRecord | None:
                 return None
             if not path.is_file() or path.stat().st_size > _MOST_BYTES:
                 raise FormatError("not a record of an export", path=path)
-            data = path.read_bytes()
+            data = read_regular(path)
         fields = Fields(load_json_object(data, str(path)), str(path))
         if fields.get("format", str) != _FORMAT or fields.get("format_version", int) != _VERSION:
             fields.fail("not the record of an export of a version known here")

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 from mmsplit.checkpoint import FileReader
 from mmsplit.digests import sha256_of
 from mmsplit.errors import CheckpointError, FormatError, IntegrityError
+from mmsplit.regular_files import read_regular
 from mmsplit.repairing.index_recovery import is_recorded_index
 from mmsplit.repairing.ledger import THE_SET
 from mmsplit.repairing.sources import SetCopy, first_that_has
@@ -80,7 +81,7 @@ def _read(path: Path) -> bytes | None:
         if not path.is_file() or path.stat().st_size > MAX_MANIFEST_BYTES:
             return None
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError:
         return None  # a disk that fails: its bytes are lost
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from mmsplit.digests import sha256_of
 from mmsplit.errors import CheckpointError, FormatError, IntegrityError, NetworkError
+from mmsplit.regular_files import read_regular
 from mmsplit.repairing.ledger import THE_SET, Ledger, Mended
 from mmsplit.repairing.sources import RepairSource, SetCopy
 from mmsplit.sidecar.manifest import parse_manifest
@@ -45,7 +46,7 @@ def find_set_manifest(root: Path, copies: tuple[SetCopy, ...], root_digest: str 
         pass
     else:
         require_root(manifest.root_digest, root_digest, str(path))
-        data = path.read_bytes()
+        data = read_regular(path)
         if is_as_written(data):
             return FoundSet(manifest, data, None)
         return FoundSet(manifest, (json.dumps(json.loads(data), indent=1) + "\n").encode(), THE_SET)
@@ -91,7 +92,7 @@ def _digests_here(path: Path) -> set[str]:
     except (OSError, IntegrityError, CheckpointError, FormatError):
         pass
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
         parse_manifest(data, str(path))
         return {sha256_of(data)}
     except (OSError, IntegrityError, FormatError):
@@ -147,6 +148,6 @@ def _what_is_wrong(path: Path, sha256: str) -> str | None:
     try:
         if not path.is_file():
             return "file of the model is missing"
-        return None if sha256_of(path.read_bytes()) == sha256 else "file of the model is not as it was written"
+        return None if sha256_of(read_regular(path)) == sha256 else "file of the model is not as it was written"
     except OSError as error:
         return f"file of the model cannot be read: {error.strerror}"

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from mmsplit.checkpoint import TensorRows
 from mmsplit.errors import FormatError, IntegrityError, MmsplitError
+from mmsplit.regular_files import read_regular
 from mmsplit.remote.remote_file import GoOn
 from mmsplit.repairing.ledger import THE_SET
 from mmsplit.repairing.sources import Encoding
@@ -69,7 +70,7 @@ class Siblings:
         for part_id in self._part_ids:
             path = self._root / manifest_name(part_id)
             try:
-                manifest = parse_manifest(path.read_bytes(), str(path))
+                manifest = parse_manifest(read_regular(path), str(path))
             except (OSError, IntegrityError, FormatError):
                 continue
             for tensor in manifest.stored_tensors():

@@ -92,7 +92,9 @@ def require_no_links(root: Path, name: str) -> None:
     folder = root
     for part in name.split("/")[:-1]:
         folder /= part
-        if folder.is_symlink():
+        with output_errors(folder):  # a name may be too long
+            is_link = folder.is_symlink()
+        if is_link:
             raise OutputExistsError(
                 f"a folder in the output is a link: {name} would be written elsewhere",
                 path=folder,

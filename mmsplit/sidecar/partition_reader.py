@@ -18,6 +18,7 @@ from mmsplit.checkpoint import FileReader, IoMode
 from mmsplit.codec import Encoded
 from mmsplit.digests import chunk_digest, sha256_of
 from mmsplit.errors import FormatError, IntegrityError, MissingPartitionError
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD, ChunkIndex, find_fault, tensor_checksum
 from mmsplit.sidecar.framing import (
     HEADER_BYTES,
@@ -190,7 +191,7 @@ def _read_manifest_file(path: Path, report: Report) -> bytes | None:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             report(Fault(str(path), f"manifest is larger than {MAX_MANIFEST_BYTES:,} bytes"))
             return None
-        return path.read_bytes()
+        return read_regular(path)
     except FileNotFoundError:
         report(Fault(str(path), "manifest is missing"))
         return None

@@ -19,6 +19,7 @@ import numpy as np
 from mmsplit.checkpoint import FileReader
 from mmsplit.digests import sha256_of
 from mmsplit.errors import IntegrityError, OutputExistsError
+from mmsplit.regular_files import read_regular
 from mmsplit.remote.remote_file import RemoteFile
 from mmsplit.sidecar.framing import pack_header
 from mmsplit.sidecar.manifest import Manifest, parse_manifest
@@ -121,7 +122,7 @@ class PartitionReceiver:
         for path in (self._json_path, self._json_partial):
             with output_errors(path):
                 if path.is_file() and path.stat().st_size <= MAX_MANIFEST_BYTES:
-                    data = path.read_bytes()
+                    data = read_regular(path)
                     if sha256_of(data) == self.entry.manifest_sha256:
                         return data
         return None

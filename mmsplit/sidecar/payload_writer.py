@@ -21,6 +21,7 @@ import xxhash
 from mmsplit.checkpoint import FileReader, Scratch
 from mmsplit.digests import chunk_digest, sha256_of
 from mmsplit.errors import IntegrityError, MmsplitError, OutputError
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD, ChunkIndex, empty_index
 from mmsplit.sidecar.layout import CHUNK_ALIGNMENT, DATA_START, SLOT_ALIGNMENT, Slot, aligned
 from mmsplit.sidecar.manifest import parse_manifest
@@ -86,7 +87,7 @@ class PayloadWriter:
             if not whole:
                 manifest_path.unlink(missing_ok=True)
                 return False
-            if not manifest_path.is_file() or manifest_path.read_bytes() != copy:
+            if not manifest_path.is_file() or read_regular(manifest_path) != copy:
                 write_whole_file(manifest_path, copy)
             # Killed between the payload's name and the end of `finish`, a run leaves its journal.
             self._journal_path.unlink(missing_ok=True)
@@ -115,7 +116,7 @@ class PayloadWriter:
         Each is re-hashed, then reported to `on_slot`.  Call before `open`.
         """
         try:
-            journal = self._journal_path.read_bytes()
+            journal = read_regular(self._journal_path)
             reader = FileReader(self._partial, changed_error=IntegrityError)
         except OSError:
             return

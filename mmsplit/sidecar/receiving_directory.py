@@ -17,6 +17,7 @@ from mmsplit.checkpoint.directory import MAX_SMALL_FILE_BYTES
 from mmsplit.digests import sha256_of
 from mmsplit.durable import make_directory
 from mmsplit.errors import FormatError, IntegrityError, OutputExistsError
+from mmsplit.regular_files import read_regular
 from mmsplit.remote.remote_file import GoOn, RemoteFile
 from mmsplit.sidecar.json_fields import load_json_object
 from mmsplit.sidecar.output_directory import STATE_NAME, OutputDirectory
@@ -151,7 +152,7 @@ class ReceivingDirectory:
             if not self._path.exists():
                 os.replace(self._partial, self._path)
                 sync_directory(self._out.path)
-            elif self._path.read_bytes() != self._published.data:
+            elif read_regular(self._path) != self._published.data:
                 write_whole_file(self._path, self._published.data)
             (self._out.path / STATE_NAME).unlink(missing_ok=True)
         sync_directory(self._out.path)
@@ -161,7 +162,7 @@ class ReceivingDirectory:
         with output_errors(path):
             if not path.is_file() or path.stat().st_size > MAX_MANIFEST_BYTES:
                 return False
-            data = path.read_bytes()
+            data = read_regular(path)
         if data == self._published.data:
             return True
         if path == self._partial:
@@ -188,7 +189,7 @@ class ReceivingDirectory:
         found = None
         with output_errors(place):
             if place.is_file():
-                found = sha256_of(place.read_bytes())
+                found = sha256_of(read_regular(place))
         if found == entry.sha256:
             return False
         if found is not None and ((self._force and self.has_this_set) or found in self._digests_of_ours(entry.name)):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from mmsplit.errors import OutputError
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.output_files import output_errors
 from mmsplit.sidecar.partition_reader import Fault
 from mmsplit.sidecar.scrub import Stretch
@@ -74,7 +75,7 @@ def read_entries(path: Path) -> tuple[HistoryEntry, ...]:
     """Return the lines that are whole, in their order; none if there is no such file."""
     with output_errors(path):
         try:
-            lines = path.read_bytes().splitlines()
+            lines = read_regular(path).splitlines()
         except FileNotFoundError:
             return ()
     return tuple(entry for entry in map(_parse, lines) if entry is not None)

@@ -264,7 +264,10 @@ def _shard(fields: Fields) -> ShardEntry:
         fields.fail("sha256 is null and cannot be the published one")
     sha256 = None if no_sha256 else fields.sha256("sha256")
     kept = _kept(fields.inner("kept"))
-    return ShardEntry(fields.plain_name("name"), fields.count("bytes"), sha256, kept, is_published)
+    entry = ShardEntry(fields.plain_name("name"), fields.count("bytes"), sha256, kept, is_published)
+    if kept.size_bytes > entry.size_bytes:
+        fields.fail("more bytes are kept of a shard than it has")
+    return entry
 
 
 def _kept_json(kept: KeptBytes) -> dict[str, object]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from mmsplit.checkpoint import IoMode
 from mmsplit.digests import parse_root_digest
 from mmsplit.errors import FormatError, IntegrityError
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.output_directory import STATE_NAME
 from mmsplit.sidecar.partition_reader import (
     MAX_MANIFEST_BYTES,
@@ -51,7 +52,7 @@ def read_set_manifest(root: Path, root_digest: str | None = None) -> SetManifest
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise IntegrityError("set manifest is too large", path=path, found=path.stat().st_size)
-        return parse_set_manifest(path.read_bytes(), str(path), wanted)
+        return parse_set_manifest(read_regular(path), str(path), wanted)
     except FileNotFoundError:
         if (root / STATE_NAME).exists():
             raise FormatError(

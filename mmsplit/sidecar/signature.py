@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from mmsplit.digests import SHA256_PREFIX, sha256_of
 from mmsplit.errors import FormatError, IntegrityError, MissingExtraError, RequestError
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.json_fields import load_json_object
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, parse_set_manifest
 
@@ -123,7 +124,7 @@ def _read(path: Path, limit_bytes: int) -> bytes:
     try:
         if path.stat().st_size > limit_bytes:
             raise FormatError("file is too large for what it is", path=path, found=path.stat().st_size)
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise FormatError(f"cannot be read: {error.strerror}", path=path) from error
 

@@ -11,6 +11,7 @@ from mmsplit.checkpoint import Storage
 from mmsplit.digests import sha256_of
 from mmsplit.durable import make_directory
 from mmsplit.errors import CheckpointError, IntegrityError, OutputExistsError, SourceChangedError
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.output_files import output_errors, require_no_links, write_whole_file
 from mmsplit.sidecar.set_manifest import FileEntry
 
@@ -58,7 +59,7 @@ def require_free_names(target: Path, entries: Sequence[FileEntry], ours: Mapping
         if not os.path.lexists(place):
             continue
         with output_errors(place):
-            found = sha256_of(place.read_bytes()) if place.is_file() else None
+            found = sha256_of(read_regular(place)) if place.is_file() else None
         if found is None or found not in ((entry.sha256,) if ours is None else ours.get(entry.name, ())):
             raise OutputExistsError(
                 "a file that mmsplit did not write has the name of one that belongs to the model",
@@ -77,7 +78,7 @@ def copy_small_files(source: Storage, entries: Sequence[FileEntry], target: Path
                 "file of the model changed while it was read", path=source.location_of(entry.name), hint="Run again."
             )
         with output_errors(place):
-            if place.is_file() and place.read_bytes() == data:
+            if place.is_file() and read_regular(place) == data:
                 continue
             if place.parent != target:
                 make_directory(place.parent)

@@ -19,6 +19,7 @@ from mmsplit.checkpoint import Checkpoint, IoMode, Shard, ShardHasher, ShardRang
 from mmsplit.codec import ENCODER, CodecName
 from mmsplit.errors import IntegrityError, OutputExistsError, SourceChangedError
 from mmsplit.planning import Plan
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.chunk_copier import ChunkCopier
 from mmsplit.sidecar.manifest import manifest_name
 from mmsplit.sidecar.manifest_builder import Origin
@@ -203,7 +204,7 @@ class SplitRun:
 
     def _finished_set(self) -> SetManifest:
         path = self._out.path / SET_MANIFEST_NAME
-        manifest = parse_set_manifest(path.read_bytes(), str(path))
+        manifest = parse_set_manifest(read_regular(path), str(path))
         for entry in manifest.partitions:
             with open_partition_of_set(self._out.path, manifest, entry.part_id, "pread") as partition:
                 if not self._is_remote:  # a commit has no other weights

@@ -16,7 +16,7 @@ from mmsplit.checkpoint.file_reader import ReadMode
 from mmsplit.checkpoint.strided import reach_count
 from mmsplit.codec import RAW
 from mmsplit.dtypes import numpy_dtype
-from mmsplit.errors import MissingPartitionError, RequestError
+from mmsplit.errors import IntegrityError, MissingPartitionError, RequestError
 from mmsplit.exporting.float32 import as_float32
 from mmsplit.exporting.parameters_json import ExportedLayer, ExportedPartition
 from mmsplit.exporting.tensor import ExportTensor, partition_of
@@ -167,7 +167,7 @@ class Partition(Mapping[str, Array]):
         data = _writable_bytes(buffer, entry.size_bytes, name)
         chunks = iter_chunks(entry, data.data, in_place=False)
         self._chunks.load(chunks, "cached", verify=self._verify if verify is None else verify)
-        return _typed(data, entry)
+        return _typed(data, entry, self._files.path)
 
     def load(self, names: Iterable[str] | None = None) -> dict[str, Array]:
         """Read all tensors, or those of `names`, into memory; they come as from the mapping, in the order asked for.
@@ -234,7 +234,7 @@ class Partition(Mapping[str, Array]):
     def _shown(self, name: str, base: Array) -> Array:
         """Return what a name stands for: the stored tensor, or what a view sees of it, in the same memory."""
         view = self._views.get(name)
-        return base if view is None else _seen(base, view)
+        return base if view is None else _seen(base, view, self._files.path)
 
     def _view(self, entry: TensorEntry) -> NDArray[np.uint8] | None:
         """Return a tensor's bytes where they lie, if they lie there raw and in one piece."""
@@ -258,7 +258,7 @@ class Partition(Mapping[str, Array]):
             data = np.empty(entry.size_bytes, np.uint8) if view is None else view
             if view is None or self._verify or self._files.is_bound:
                 chunks.append(iter_chunks(entry, data.data, in_place=view is not None))
-            arrays[entry.name] = _typed(data, entry)
+            arrays[entry.name] = _typed(data, entry, self._files.path)
         self._chunks.load(chain.from_iterable(chunks), mode, verify=self._verify)
         return arrays
 
@@ -359,7 +359,7 @@ class PartitionSet(Mapping[str, Array]):
             stop = start + partition.entry(name).size_bytes
             partition.read_into(name, data[start:stop])
             start = stop
-        return _typed(data, whole)
+        return _typed(data, whole, self.path)
 
     def _find(self, name: object) -> tuple[str, tuple[int, ...], TensorView | None] | None:
         """Return the name a tensor is stored by, the partitions that have it, and what of it to show if not all."""
@@ -388,7 +388,7 @@ class PartitionSet(Mapping[str, Array]):
         if found is not None:
             own_name, part_ids, view = found
             array = self._read(own_name, part_ids)
-            return array if view is None else _seen(array, view)
+            return array if view is None else _seen(array, view, self.path)
         missing = self.missing
         if missing:
             raise MissingPartitionError(
@@ -489,23 +489,45 @@ def _writable_bytes(buffer: Any, size_bytes: int, tensor: str) -> NDArray[np.uin
     return array.reshape(-1).view(np.uint8)
 
 
-def _typed(data: NDArray[np.uint8], entry: TensorEntry) -> Array:
+def _typed(data: NDArray[np.uint8], entry: TensorEntry, path: Path) -> Array:
     dtype = numpy_dtype(entry.dtype)
-    return data if dtype is None else data.view(dtype).reshape(entry.shape)
+    try:
+        return data if dtype is None else data.view(dtype).reshape(entry.shape)
+    except ValueError as error:
+        raise _no_array(error, path, entry.name) from None
 
 
-def _seen(base: Array, view: TensorView) -> Array:
+def _no_array(error: ValueError, path: Path, tensor: str) -> RequestError:
+    """A tensor of 65 dimensions, or of 2**62 rows of no elements, is sound, but there is no such array."""
+    return RequestError(f"numpy has no array of this shape: {error}", path=path, tensor=tensor)
+
+
+def _seen(base: Array, view: TensorView, path: Path) -> Array:
     """Return what a view of a PyTorch file sees of its tensor's memory; a dtype that numpy lacks gives flat bytes."""
-    data = base.reshape(-1).view(np.uint8)[view.offset_bytes :]
     dtype = numpy_dtype(view.dtype)
+    count = reach_count(view.shape, view.stride)
+    reach_bytes = view.offset_bytes + count * (dtype.itemsize if dtype else 0)
+    # The manifest was held to that when it was read, but the tensor may be that of another layer, or partition.
+    if reach_bytes > base.nbytes:
+        raise IntegrityError(
+            "view does not lie in its tensor",
+            path=path,
+            tensor=view.name,
+            expected=f"at most {base.nbytes:,} bytes",
+            found=reach_bytes,
+        )
+    data = base.reshape(-1).view(np.uint8)[view.offset_bytes :]
     if dtype is None:
         return data
-    count = reach_count(view.shape, view.stride)
     items = data[: count * dtype.itemsize]
     if view.offset_bytes % dtype.itemsize:
         items = items.copy()
     # The constructor checks that every element lies within; as_strided cannot describe all dtypes of ml_dtypes.
-    shown: Array = np.ndarray(view.shape, dtype, items, strides=tuple(step * dtype.itemsize for step in view.stride))
+    strides = tuple(step * dtype.itemsize for step in view.stride)
+    try:
+        shown: Array = np.ndarray(view.shape, dtype, items, strides=strides)
+    except ValueError as error:
+        raise _no_array(error, path, view.name) from None
     if 0 in view.stride:
         shown.flags.writeable = False  # its elements are one
     return shown

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from mmsplit.checkpoint import ByteRange, IoMode, LocalStorage
 from mmsplit.errors import IntegrityError, OutputError, OutputExistsError, RequestError
 from mmsplit.merging.lanes import write_files
 from mmsplit.merging.span import Span, StoredTensor, iter_stored
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.output_directory import OutputDirectory
 from mmsplit.sidecar.output_files import output_errors, partial_path, sha256_of_file, write_whole_file
 from mmsplit.sidecar.partition_reader import OpenPartition, require_partition
@@ -23,6 +24,9 @@ from mmsplit.sidecar.shard_pieces import KeptPiece, arrange_shard
 from mmsplit.sidecar.shard_writer import ShardWriter
 from mmsplit.sidecar.small_files import copy_small_files, read_small_files, require_free_names
 from mmsplit.workers import ProgressCallback, ProgressCounter, thread_count
+
+#: What the partitions have of each shard, by its name, with the place there.
+_Stored: TypeAlias = dict[str, list[tuple[ByteRange, StoredTensor]]]
 
 
 class MergeResult(NamedTuple):
@@ -80,7 +84,9 @@ def merge(
     try:
         for entry in manifest.partitions:
             partitions.append(open_partition_of_set(root, manifest, entry.part_id, io, is_bound=is_bound))
-        pieces = _arrange_shards(partitions, manifest)
+        stored = _stored_by_shard(partitions, manifest)
+        for shard in manifest.shards:
+            _pieces_of(shard, stored)  # says what is wrong before anything is written
         with OutputDirectory(Path(output)) as out:
             kept = _keep_finished(out.path, manifest.shards, resume)
             _require_no_other_index(out.path, manifest)
@@ -93,7 +99,7 @@ def merge(
             files = read_small_files(LocalStorage(root), list(digests), digests)
             require_free_names(out.path, files, None)
             copy_small_files(LocalStorage(root), files, out.path)
-            _write_shards(out.path, todo, pieces, thread_count(threads), progress)
+            _write_shards(out.path, todo, stored, thread_count(threads), progress)
             if manifest.weights_index is not None:
                 name, index = manifest.weights_index
                 if not (out.path / name).exists():
@@ -104,11 +110,9 @@ def merge(
     return MergeResult(Path(output), manifest.shards, tuple(kept), sum(shard.size_bytes for shard in manifest.shards))
 
 
-def _stored_by_shard(
-    partitions: Sequence[OpenPartition], manifest: SetManifest
-) -> dict[str, list[tuple[ByteRange, StoredTensor]]]:
+def _stored_by_shard(partitions: Sequence[OpenPartition], manifest: SetManifest) -> _Stored:
     """Return what the partitions have of each shard, with its place there; copies of tied weights are left out."""
-    stored: dict[str, list[tuple[ByteRange, StoredTensor]]] = {shard.name: [] for shard in manifest.shards}
+    stored: _Stored = {shard.name: [] for shard in manifest.shards}
     for partition in partitions:
         for layer in partition.manifest.layers:
             if layer.alias is not None:  # copies of tied weights have their original elsewhere
@@ -126,22 +130,21 @@ def _stored_by_shard(
     return stored
 
 
-def _arrange_shards(
-    partitions: Sequence[OpenPartition], manifest: SetManifest
-) -> dict[str, list[KeptPiece | StoredTensor]]:
-    """Return each shard's pieces in file order; raises unless they cover every byte once."""
-    stored = _stored_by_shard(partitions, manifest)
-    return {
-        shard.name: arrange_shard(stored[shard.name], shard.kept.data(shard.name), shard.size_bytes, shard.name)
-        for shard in manifest.shards
-    }
+def _pieces_of(shard: ShardEntry, stored: _Stored) -> list[KeptPiece | StoredTensor]:
+    """Return a shard's pieces in file order; raises unless they cover every byte once.
+
+    Its kept bytes are in memory as long as the pieces are: those of one shard, not of all.
+    """
+    return arrange_shard(stored[shard.name], shard.kept.data(shard.name), shard.size_bytes, shard.name)
 
 
 def _keep_finished(out: Path, shards: Sequence[ShardEntry], resume: bool) -> list[str]:
     kept = []
     for shard in shards:
         path = out / shard.name
-        if not path.exists():
+        with output_errors(path):
+            is_there = path.exists()
+        if not is_there:
             continue
         if not resume:
             raise OutputExistsError(
@@ -173,7 +176,7 @@ def _require_no_other_index(out: Path, manifest: SetManifest) -> None:
         return
     name, index = manifest.weights_index
     with output_errors(out / name):
-        if (out / name).exists() and (out / name).read_bytes() != index.data(name):
+        if (out / name).exists() and read_regular(out / name) != index.data(name):
             raise OutputExistsError(
                 "another file has the name of the weights index",
                 path=out / name,
@@ -184,7 +187,7 @@ def _require_no_other_index(out: Path, manifest: SetManifest) -> None:
 def _write_shards(
     out: Path,
     shards: Sequence[ShardEntry],
-    pieces: dict[str, list[KeptPiece | StoredTensor]],
+    stored: _Stored,
     threads: int,
     progress: ProgressCallback | None,
 ) -> None:
@@ -192,8 +195,8 @@ def _write_shards(
     counter = ProgressCounter("merge", sum(shard.size_bytes for shard in shards), progress)
 
     def iter_shard(writer: ShardWriter) -> Iterator[Span]:
-        shard = pieces[writer.entry.name]
-        return iter_stored(writer, 0, (piece.data if isinstance(piece, KeptPiece) else piece for piece in shard))
+        arranged = _pieces_of(writer.entry, stored)
+        return iter_stored(writer, 0, (piece.data if isinstance(piece, KeptPiece) else piece for piece in arranged))
 
     try:
         write_files(writers, iter_shard, threads, counter)

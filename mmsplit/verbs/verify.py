@@ -23,6 +23,7 @@ from mmsplit.checkpoint import (
 )
 from mmsplit.digests import parse_root_digest, sha256_of
 from mmsplit.errors import CheckpointError, FormatError, IntegrityError, RequestError
+from mmsplit.regular_files import is_regular, read_regular
 from mmsplit.remote.source import HubOptions, open_source
 from mmsplit.sidecar.chunk_check import check_chunks
 from mmsplit.sidecar.layout import CHUNK_BYTES
@@ -225,7 +226,7 @@ def _set_manifest(root: Path, only: Path | None, report: Report) -> SetManifest 
 
 
 def _require_as_written(root: Path, report: Report) -> None:
-    if not is_as_written((root / SET_MANIFEST_NAME).read_bytes()):
+    if not is_as_written(read_regular(root / SET_MANIFEST_NAME)):
         what = "set manifest says what was written, but not in the same bytes"
         report(Fault(str(root / SET_MANIFEST_NAME), what))
 
@@ -279,7 +280,7 @@ def _open(
 def _sha256_of(path: Path) -> str | None:
     """Digest of a file; None, which is no file's, if it cannot be read."""
     try:
-        return sha256_of(path.read_bytes())
+        return sha256_of(read_regular(path))
     except OSError:
         return None
 
@@ -287,7 +288,7 @@ def _sha256_of(path: Path) -> str | None:
 def _verify_small_files(root: Path, files: Sequence[FileEntry], level: Level, report: Report) -> None:
     for entry in files:
         path = root / entry.name
-        if not path.is_file():
+        if not is_regular(path):
             report(Fault(str(path), "file of the model is missing"))
         elif path.stat().st_size != entry.size_bytes:
             report(Fault(str(path), f"file of the model has another size: expected {entry.size_bytes:,} bytes"))

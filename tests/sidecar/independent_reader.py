@@ -590,7 +590,12 @@ def round_up(position: int, alignment: int) -> int:
 
 def is_plain_name(name: str) -> bool:
     """Whether a name can only mean a file in its directory."""
-    return name not in ("", ".", "..") and name.isprintable() and not re.search(r"[/\\:]", name)
+    if name == "" or name[-1] in ". " or not name.isprintable() or re.search(r"[/\\:]", name):
+        return False
+    device = name.partition(".")[0].rstrip(" ").upper()
+    return device not in {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} and not re.fullmatch(
+        "(COM|LPT)[0-9¹²³]", device
+    )
 
 
 def sha256(data: bytes) -> str:

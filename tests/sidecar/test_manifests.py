@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmsplit.checkpoint import TensorRows
+from mmsplit.checkpoint.weights_index import is_plain_name
 from mmsplit.codec import CODEC_NAMES
 from mmsplit.dtypes import DTYPES
 from mmsplit.errors import FormatError, IntegrityError, MmsplitError
@@ -41,7 +42,7 @@ from mmsplit.sidecar.set_manifest import (
 _digest = st.binary(min_size=32, max_size=32).map(lambda value: f"sha256:{value.hex()}")
 _xxh3 = st.integers(0, 2**64 - 1).map(lambda value: f"{value:016x}")
 _count = st.integers(0, 2**63)
-_plain = st.text("abcXYZ019._- éß", min_size=1, max_size=12).filter(lambda name: name not in (".", ".."))
+_plain = st.text("abcXYZ019._- éß", min_size=1, max_size=12).filter(is_plain_name)
 _text = st.text(max_size=12)
 
 
@@ -126,7 +127,8 @@ _kept = st.binary(max_size=50).map(KeptBytes.of)
 def _shards(draw: st.DrawFn, name: str) -> ShardEntry:
     sha256 = draw(st.none() | _digest)
     is_published = sha256 is not None and draw(st.booleans())
-    return ShardEntry(name, draw(_count), sha256, draw(_kept), is_published)
+    kept = draw(_kept)
+    return ShardEntry(name, max(draw(_count), kept.size_bytes), sha256, kept, is_published)
 
 
 @st.composite
