@@ -23,6 +23,7 @@ from sealing import (
     sealed,
     split_model,
     taken_apart,
+    with_chunk_checksums,
     with_index_checksums,
     with_numbers_of,
     with_root_digest,
@@ -156,10 +157,13 @@ def _mutate_sealed(parts: Parts, other: Parts, random: Random) -> Parts:
     elif kind < 0.7:
         manifest = mutate_json(manifest, random)
         set_manifest = with_numbers_of(manifest, set_manifest, number)
-    elif kind < 0.9:
+    elif kind < 0.85:
         set_manifest = mutate_json(set_manifest, random)
     elif kind < 0.95:
         data = mutate_bytes(data, random)
+        if random.random() < 0.7:  # so that the decoder meets what is no encoded chunk
+            index = with_chunk_checksums(index, data)
+            manifest = with_index_checksums(manifest, index)
     else:
         other_partition = random.choice(other.partitions)
         data, index, manifest = other_partition

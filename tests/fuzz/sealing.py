@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
-import zstandard
 
+from mmsplit.digests import chunk_digest
 from mmsplit.errors import MmsplitError
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD, tensor_checksum
-from mmsplit.sidecar.framing import TRAILER_BYTES, Trailer, pack_trailer, parse_trailer
+from mmsplit.sidecar.framing import TRAILER_BYTES, parse_trailer
 from mmsplit.sidecar.manifest import manifest_name, parse_manifest, payload_name
+from mmsplit.sidecar.payload_tail import pack_tail
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME
 from mmsplit.verbs.split import split
 
@@ -78,12 +79,16 @@ def taken_apart(files: Files) -> Parts:
     return Parts(tuple(partitions), set_manifest, rest)
 
 
-def pack_tail(index: bytes, index_offset: int, text: bytes) -> bytes:
-    """What follows a payload's data: index, copy of the manifest, trailer."""
-    frame = zstandard.ZstdCompressor().compress(text)
-    copy = index_offset + len(index)
-    checksums = xxhash.xxh3_64_intdigest(frame), xxhash.xxh3_64_intdigest(text)
-    return index + frame + pack_trailer(Trailer(index_offset, checksums[0], copy, len(frame), len(text), checksums[1]))
+def with_chunk_checksums(index: bytes, data: bytes) -> bytes:
+    """An index whose checksums of stored bytes are those of what lies at its places in `data`."""
+    whole = len(index) // CHUNK_RECORD.itemsize * CHUNK_RECORD.itemsize
+    records = np.frombuffer(index[:whole], CHUNK_RECORD).copy()
+    for record in records:
+        start = int(record["stored_offset"])
+        stored = data[start : start + int(record["stored_bytes"])]
+        record["stored_xxh3"] = xxhash.xxh3_64_intdigest(stored)
+        record["stored_blake3"] = np.void(chunk_digest(stored))
+    return records.tobytes() + index[whole:]
 
 
 def with_index_checksums(manifest: bytes, index: bytes) -> bytes:
@@ -91,10 +96,7 @@ def with_index_checksums(manifest: bytes, index: bytes) -> bytes:
 
     def change(values: Any) -> None:
         payload = values["payload"]
-        if "index_xxh3" in payload:
-            payload["index_xxh3"] = xxhash.xxh3_64_hexdigest(index)
-        if "index_sha256" in payload:
-            payload["index_sha256"] = _sha256(index)
+        payload["index_sha256"] = _sha256(index)
         records = np.frombuffer(index[: len(index) // CHUNK_RECORD.itemsize * CHUNK_RECORD.itemsize], CHUNK_RECORD)
         for layer in values["layers"]:
             for tensor in layer["tensors"] if layer.get("stored", True) else ():
