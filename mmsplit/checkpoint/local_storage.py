@@ -136,7 +136,8 @@ class LocalStorage:
     def _homes(self) -> frozenset[str]:
         """The true folders of the weights right inside, and of the directory itself."""
         weights = [self.directory / name for name in self.names() if form_of(name) is not None]
-        return frozenset((os.path.realpath(self.directory), *(str(path.resolve().parent) for path in weights)))
+        folders = [str(Path(os.path.realpath(path)).parent) for path in weights]
+        return frozenset((os.path.realpath(self.directory), *folders))
 
     def _open(self, name: str, io: IoMode) -> FileReader:
         path = self.directory / name

@@ -24,6 +24,8 @@ NOT_AN_INDEX = {
     "null map": (b'{"weight_map": null}', "no weight_map"),
     "list map": (b'{"weight_map": ["a"]}', "no weight_map"),
     "empty map": (b'{"weight_map": {}}', "no weight_map"),
+    "UTF-16": ('{"weight_map": {"a": "x.safetensors"}}'.encode("utf-16-le"), "is not JSON"),
+    "byte order mark": (b'\xef\xbb\xbf{"weight_map": {"a": "x.safetensors"}}', "is not JSON"),
     "shard a number": (b'{"weight_map": {"a": 1}}', "does not name a shard"),
     "shard null": (b'{"weight_map": {"a": null}}', "does not name a shard"),
     "shard a list": (b'{"weight_map": {"a": ["x.safetensors"]}}', "does not name a shard"),

@@ -38,6 +38,7 @@ from mmsplit.verbs.inspect import inspect
 from mmsplit.verbs.load import open_set
 from mmsplit.verbs.merge import merge
 from mmsplit.verbs.pull import pull
+from mmsplit.verbs.repair import repair
 from mmsplit.verbs.split import split
 from mmsplit.verbs.verify import verify
 
@@ -127,6 +128,7 @@ def _check_damaged(files: Files, folder: Path) -> Steps:
             return
         refusals = [_refused(lambda level=level: _require_sound(root, level)) for level in ("stored", "full")]  # type: ignore[misc]
         _refused(lambda: inspect(root).as_json())
+        _refused(lambda: repair(root, dry_run=True, threads=1))
         try:
             # A partition that is not there is missed when a tensor of it is asked for: the others load.
             require(_load(root).items() <= _tensors(name).items(), "a damaged set loads as something else")
@@ -183,6 +185,7 @@ def _check_sealed(parts: Parts, folder: Path) -> Steps:
         loading = _refused(lambda: _load(root))
         merging = _refused(lambda: merge(root, out / "model", threads=1))
         _refused(lambda: pull(str(root), out / "pulled", threads=1))
+        _refused(lambda: repair(root, dry_run=True, threads=1))
         if merging is None:
             _require_promised(out / "model", files[SET_MANIFEST_NAME])
         require(refusal is not None or loading is None, f"verify takes it, but loading says: {loading}")

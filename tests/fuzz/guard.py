@@ -6,6 +6,7 @@ there is one for the process, which looks only while a `Guard` is at work.
 
 from __future__ import annotations
 
+import codecs
 import faulthandler
 import os
 import signal
@@ -33,6 +34,9 @@ _FORBIDDEN = (
     "socket.connect", "socket.bind", "socket.getaddrinfo", "urllib.Request", "ftplib.connect", "webbrowser.open",
     "shutil.unpack_archive", "ctypes.dlopen", "os.putenv", "os.chdir", "os.kill", "signal.pthread_kill",
 )  # fmt: skip
+#: Which pickles need, and Python imports when it is first used.
+codecs.lookup("raw_unicode_escape")
+
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 #: The system's own, which a run may look at: how much memory there is, which kinds of file system.
 _OF_THE_SYSTEM = ("/proc/", "/sys/", "/dev/shm")
