@@ -395,4 +395,5 @@ def test_any_tensors_fold_by_their_bytes_alone(data: st.DataObject) -> None:
         request = PlanRequest(num_parts=num_parts, tied=tied)
         before, after = plan_checkpoint(open_checkpoint(source), request), plan_checkpoint(checkpoint, request)
         assert sum(p.total_bytes for p in after.partitions) <= sum(p.total_bytes for p in before.partitions)
-        assert max(after.balance.loads) <= max(before.balance.loads)
+        if tied != "colocate":  # what moves to a weight may make its partition larger
+            assert max(after.balance.loads) <= max(before.balance.loads)
