@@ -88,7 +88,9 @@ def folded(source: Path) -> Checkpoint:
     return fold_equal_tensors(open_checkpoint(source), "auto")
 
 
-def require_round_trip(source: Path, work: Path, num_parts: int | None, contents: Mapping[str, bytes], **options: object):
+def require_round_trip(
+    source: Path, work: Path, num_parts: int | None, contents: Mapping[str, bytes], **options: object
+):
     """Split, verified against the source, read under every name, merged to the same bytes; returns the result."""
     result = mmsplit.split(source, work / "set", num_parts, **options)
     found = mmsplit.verify(work / "set", level="full", against=source)
