@@ -15,13 +15,11 @@ reserve = "2 GiB"     # optional: instead of the one above
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Final, Literal, NamedTuple, get_args
 
-from mmsplit.errors import PlanError
-from mmsplit.planning.toml_fields import require_known, wrong_field
+from mmsplit.planning.toml_fields import parse_toml, require_known, wrong_field
 
 #: Which node comes first in the pipeline: as written, or whichever order is best.
 NodeOrder = Literal["file", "any"]
@@ -88,10 +86,7 @@ def parse_nodes(text: str, where: str, reserve: float | str | None = None) -> No
 
     Raises `PlanError` naming node and field.
     """
-    try:
-        document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
-        raise PlanError(f"nodes file is not TOML: {str(error)[:200]}", path=where) from error
+    document = parse_toml(text, "nodes", where)
     return nodes_of(document, where, reserve)
 
 

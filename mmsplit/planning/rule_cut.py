@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import fnmatch
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -29,7 +28,7 @@ from mmsplit.planning.plan import PlannedLayer
 from mmsplit.planning.planner import MAX_PARTS, Rule
 from mmsplit.planning.sublayers import Cut, Placed, shown
 from mmsplit.planning.ties import Tie
-from mmsplit.planning.toml_fields import require_known, show_value, wrong_field
+from mmsplit.planning.toml_fields import parse_toml, require_known, show_value, wrong_field
 
 MAX_RULES: Final = 1024
 _MAX_PATTERN: Final = 1000
@@ -113,10 +112,7 @@ def _ask(rule: Rule, tensor: TensorInfo) -> int | None:
 
 def parse_rules(text: str, where: str) -> RuleList:
     """Parse a file of rules; `where` names it in errors.  Raises `PlanError` naming the rule and the field."""
-    try:
-        document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
-        raise PlanError(f"rules file is not TOML: {str(error)[:200]}", path=where) from error
+    document = parse_toml(text, "rules", where)
     require_known(document, _FILE_KEYS, "the file", where)
     default = _partition(document["default"], "the file", "default", where) if "default" in document else None
     tables = document.get("rule", [])
@@ -152,7 +148,10 @@ def _pattern(text: str, field: str, who: str, where: str) -> re.Pattern[str]:
         return re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
         raise PlanError(
-            f"{who}, field {field!r} is no regular expression: {str(error)[:100]}", path=where, found=show_value(text)
+            f"{who}, field {field!r} is no regular expression: {str(error)[:100]}",
+            path=where,
+            found=show_value(text),
+            hint="Correct it in the file; match takes plain wildcards.",
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import tomllib
 from collections.abc import Mapping
 
 from mmsplit.errors import PlanError
@@ -13,7 +14,7 @@ def require_known(table: Mapping[str, object], known: tuple[str, ...], who: str,
     for key in table:
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
-            hint = f"Did you mean {close[0]}?" if close else None
+            hint = f"Did you mean {close[0]}?" if close else "Remove it, or correct its name."
             expected = f"one of {', '.join(known)}"
             raise PlanError(
                 f"{who} has an unknown field", path=where, expected=expected, found=show_value(key), hint=hint
@@ -23,8 +24,21 @@ def require_known(table: Mapping[str, object], known: tuple[str, ...], who: str,
 def wrong_field(where: str, who: str, field: str, expected: str, found: object) -> PlanError:
     """Return the error for a field that is missing ("none" was found) or is not what it should be."""
     return PlanError(
-        f"{who}, field {field!r} is wrong or missing", path=where, expected=expected, found=show_value(found)
+        f"{who}, field {field!r} is wrong or missing",
+        path=where,
+        expected=expected,
+        found=show_value(found),
+        hint="Correct it in the file.",
     )
+
+
+def parse_toml(text: str, kind: str, where: str) -> dict[str, object]:
+    """Parse the text of a file of a `kind`, "nodes" say.  Raises `PlanError` with the line that is wrong."""
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
+        hint = "Correct it; text is written in quotes, and each table begins with its name in brackets."
+        raise PlanError(f"{kind} file is not TOML: {str(error)[:200]}", path=where, hint=hint) from error
 
 
 def show_value(value: object) -> str:

@@ -87,10 +87,13 @@ def _read_toml(path: str | Path, kind: str) -> str:
         with Path(path).open("rb") as file:
             data = file.read(_MAX_TOML_BYTES + 1)
     except OSError as error:
-        raise PlanError(f"{kind} file cannot be read: {error.strerror or error}", path=path) from error
+        hint = "Give the path of a TOML file that you may read."
+        raise PlanError(f"{kind} file cannot be read: {error.strerror or error}", path=path, hint=hint) from error
     if len(data) > _MAX_TOML_BYTES:
-        raise PlanError(f"{kind} file is too long", path=path, expected=f"at most {_MAX_TOML_BYTES:,} bytes")
+        expected = f"at most {_MAX_TOML_BYTES:,} bytes"
+        raise PlanError(f"{kind} file is too long", path=path, expected=expected, hint="Is this the file you meant?")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise PlanError(f"{kind} file is not UTF-8", path=path, offset=error.start) from error
+        hint = "Save it as UTF-8."
+        raise PlanError(f"{kind} file is not UTF-8", path=path, offset=error.start, hint=hint) from error

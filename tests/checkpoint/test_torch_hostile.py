@@ -312,6 +312,7 @@ def test_hostile_file_is_refused(file: bytes, words: str) -> None:
     with pytest.raises(TorchFileError, match=words) as caught:
         parse(file)
     assert caught.value.path == "f"
+    assert caught.value.hint
     assert len(str(caught.value)) < 1000
 
 
