@@ -138,6 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.flush()
             for finding in tally.findings:
                 sys.stdout.write(f"\n{name}, run {finding.number}, {save(finding, folder)}\n{finding.what}\n")
+            sys.stdout.flush()
             found += len(tally.findings)
             gc.collect()
     return 1 if found else 0

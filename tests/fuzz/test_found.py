@@ -113,6 +113,16 @@ def test_merging_holds_the_kept_bytes_of_one_shard_at_a_time(tmp_path: Path) -> 
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 8
 
 
+@pytest.mark.parametrize("said", ["\ud800", "\x1b[2J", "\u202egnp.exe", "a\rb"])
+def test_a_message_can_be_printed_and_tells_no_terminal_what_to_do(said: str) -> None:
+    """The root digest that a set manifest states is repeated in the error, as many other words of strangers are."""
+    values = {**json.loads(sets()["plain"]["partition_set.json"]), "root_digest": said}
+    with pytest.raises(IntegrityError, match="root digest does not fit") as caught:
+        parse_set_manifest(json.dumps(values).encode(), "m")
+    assert str(caught.value).isprintable()
+    assert repr(said)[1:-1] in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
 def test_a_link_to_itself_stops_nothing(name: str, tmp_path: Path) -> None:
     """Asking what it is fails, and a directory was left open then."""
