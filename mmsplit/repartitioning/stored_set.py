@@ -46,8 +46,8 @@ class StoredSet:
         self.manifest = manifest
         self._place = place
         self._connections = connections
-        self._lock = threading.Lock()
         self._files: dict[str, RemoteFile] = {}
+        self._opening, self._indexing = threading.Lock(), threading.Lock()
         self._indexes: dict[int, ChunkIndex] = {}
         self.partitions = tuple(self._read_manifest(entry) for entry in manifest.partitions)
         there = [entry.part_id for entry in manifest.partitions if self._is_there(entry)]
@@ -73,7 +73,7 @@ class StoredSet:
 
     def index(self, part_id: int) -> ChunkIndex:
         """Return the checked chunk index of a partition; raises `MissingPartitionError` or `IntegrityError`."""
-        with self._lock:
+        with self._indexing:
             if part_id not in self._indexes:
                 self._indexes[part_id] = self._read_index(part_id)
             return self._indexes[part_id]
@@ -101,7 +101,7 @@ class StoredSet:
         return self.directory is None or (self.directory / entry.payload_file).is_file()
 
     def _open(self, name: str) -> RemoteFile:
-        with self._lock:
+        with self._opening:
             if name not in self._files:
                 self._files[name] = self._place.open(name)
             return self._files[name]
