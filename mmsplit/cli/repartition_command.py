@@ -8,12 +8,13 @@ import click
 
 from mmsplit.checkpoint import IoMode
 from mmsplit.cli.node_options import node_options
-from mmsplit.cli.options import PART_IDS, PATH, json_option, set_planning_options, work_options
+from mmsplit.cli.options import PART_IDS, PATH, json_option, root_option, set_planning_options, work_options
 from mmsplit.cli.progress import ProgressDisplay
 from mmsplit.cli.render import contents, echo, echo_json, notes, percent, size, table
-from mmsplit.planning import By, NodeRequest, TiedMode
+from mmsplit.planning import By, NodeRequest, SplitBy, TiedMode
 from mmsplit.remote.source import HubOptions
 from mmsplit.sidecar.output_directory import Existing
+from mmsplit.verbs.plan import read_rules
 from mmsplit.verbs.repartition import RepartitionResult, repartition
 
 
@@ -28,6 +29,7 @@ from mmsplit.verbs.repartition import RepartitionResult, repartition
     metavar="K,…",
     help="Write only these partitions, counted from 0; only payloads that hold bytes of them are read.",
 )
+@root_option
 @click.option("--resume", is_flag=True, help="Go on with an unfinished repartition of the same set and plan.")
 @click.option("--force", is_flag=True, help="Replace what mmsplit wrote to the output before.")
 @click.option("--buffered", is_flag=True, help="Write through the page cache, not past it.")
@@ -46,12 +48,15 @@ def repartition_command(
     source: str,
     output: Path,
     num_parts: int | None,
+    split_by: SplitBy,
+    rules_file: Path | None,
     by: By,
     weights: tuple[str, ...] | None,
     boundaries: tuple[str, ...] | None,
     tied: TiedMode | None,
     nodes: NodeRequest | None,
     only: tuple[int, ...] | None,
+    root_digest: str | None,
     resume: bool,
     force: bool,
     buffered: bool,
@@ -82,8 +87,11 @@ def repartition_command(
             weights=weights,
             boundaries=boundaries,
             tied=tied,
+            split_by=split_by,
+            rule=None if rules_file is None else read_rules(rules_file),
             nodes=nodes,
             only=only,
+            root_digest=root_digest,
             threads=threads,
             existing=existing,
             io=io,

@@ -16,6 +16,7 @@ import xxhash
 from mmsplit.checkpoint import Scratch, ShardRange, ShardReaders
 from mmsplit.checkpoint.cover import gaps_between
 from mmsplit.codec import ChunkDecoder, Encoded
+from mmsplit.digests import chunk_digest
 from mmsplit.errors import IntegrityError, SourceChangedError
 from mmsplit.repartitioning.chunk_places import StoredPlace
 from mmsplit.repartitioning.stored_set import StoredSet
@@ -78,6 +79,14 @@ class SetReaders:
                     tensor=place.tensor,
                     offset=start,
                     hint=_DAMAGE_HINT,
+                )
+            if self._stored.is_bound and chunk_digest(data) != record["stored_blake3"].tobytes():
+                raise IntegrityError(
+                    "stored bytes are not those that the root digest binds",
+                    path=self._stored.payload_location(place.part_id),
+                    tensor=place.tensor,
+                    offset=start,
+                    hint="Get the set again from somebody you trust.",
                 )
             yield StoredChunk(data, record)
 

@@ -29,7 +29,7 @@ from mmsplit.sidecar.manifest import Manifest, parse_manifest
 from mmsplit.sidecar.partition_reader import MAX_MANIFEST_BYTES
 from mmsplit.sidecar.payload_tail import find_index, has_possible_tail
 from mmsplit.sidecar.piece_fetcher import FETCH_ATTEMPTS
-from mmsplit.sidecar.receiving_directory import read_published_set
+from mmsplit.sidecar.receiving_directory import read_published_set, require_harmless
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, FileEntry, PartitionEntry, SetManifest
 from mmsplit.sidecar.set_reader import open_partition_of_set, read_set_manifest, resolve_set_path
 
@@ -42,13 +42,16 @@ class StoredSet:
     Safe to share between threads.
     """
 
-    def __init__(self, place: SetSource, manifest: SetManifest, connections: int) -> None:
+    def __init__(self, place: SetSource, manifest: SetManifest, connections: int, *, is_bound: bool) -> None:
+        """`is_bound` says that the set manifest was read by a root digest that the caller trusts."""
         self.manifest = manifest
+        self.is_bound = is_bound
         self._place = place
         self._connections = connections
         self._files: dict[str, RemoteFile] = {}
         self._opening, self._indexing = threading.Lock(), threading.Lock()
         self._indexes: dict[int, ChunkIndex] = {}
+        require_harmless(manifest.files, place.location)
         self.partitions = tuple(self._read_manifest(entry) for entry in manifest.partitions)
         there = [entry.part_id for entry in manifest.partitions if self._is_there(entry)]
         self.places = ChunkPlaces(self.partitions, there)
@@ -153,7 +156,9 @@ class StoredSet:
 
     def _read_index(self, part_id: int) -> ChunkIndex:
         if self.directory is not None:
-            with open_partition_of_set(self.directory, self.manifest, part_id, "pread") as partition:
+            with open_partition_of_set(
+                self.directory, self.manifest, part_id, "pread", is_bound=self.is_bound
+            ) as partition:
                 return partition.index
         entry, manifest = self.manifest.partitions[part_id], self.partitions[part_id]
         file = self._open(entry.payload_file)
@@ -172,11 +177,13 @@ class StoredSet:
         )
 
 
-def open_stored_set(source: str | Path, hub: HubOptions) -> StoredSet:
+def open_stored_set(source: str | Path, hub: HubOptions, root_digest: str | None = None) -> StoredSet:
     """Open the set that `source` names: a directory, its set manifest, or a place as `pull` takes it.
 
-    Raises `RequestError`, `FormatError`, `IntegrityError` or `NetworkError`.
+    With `root_digest` only that very set will do.  Raises `RequestError`, `FormatError`, `IntegrityError` or
+    `NetworkError`.
     """
+    is_bound = root_digest is not None
     if hub.connections < 1:
         raise RequestError("cannot work without a connection", found=hub.connections)
     path = Path(source).expanduser()
@@ -186,6 +193,8 @@ def open_stored_set(source: str | Path, hub: HubOptions) -> StoredSet:
             raise RequestError(
                 "one partition is not the whole model", path=path, hint=f"Give the directory of its set: {root}"
             )
-        return StoredSet(open_set_source(root), read_set_manifest(root), hub.connections)
+        local = read_set_manifest(root, root_digest)
+        return StoredSet(open_set_source(root), local, hub.connections, is_bound=is_bound)
     place = open_set_source(source, hub)
-    return StoredSet(place, read_published_set(place.open(SET_MANIFEST_NAME)).manifest, hub.connections)
+    published = read_published_set(place.open(SET_MANIFEST_NAME), root_digest)
+    return StoredSet(place, published.manifest, hub.connections, is_bound=is_bound)

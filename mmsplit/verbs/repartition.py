@@ -8,7 +8,17 @@ from typing import Final, NamedTuple, get_args
 
 from mmsplit.checkpoint import IoMode
 from mmsplit.errors import RequestError
-from mmsplit.planning import By, NodeRequest, Plan, PlanRequest, TiedMode, plan_for_nodes_or_parts, sorted_part_ids
+from mmsplit.planning import (
+    By,
+    NodeRequest,
+    Plan,
+    PlanRequest,
+    Rule,
+    SplitBy,
+    TiedMode,
+    plan_for_nodes_or_parts,
+    sorted_part_ids,
+)
 from mmsplit.remote.source import HubOptions
 from mmsplit.repartitioning import StoredSource, open_stored_set, read_set_checkpoint
 from mmsplit.sidecar.manifest_builder import Origin
@@ -69,8 +79,11 @@ def repartition(
     weights: Sequence[float | str] | None = None,
     boundaries: Sequence[str] | None = None,
     tied: TiedMode | None = None,
+    split_by: SplitBy = "layer",
+    rule: Rule | None = None,
     nodes: NodeRequest | None = None,
     only: Collection[int] | None = None,
+    root_digest: str | None = None,
     threads: int | None = None,
     existing: Existing = "refuse",
     io: IoMode = "auto",
@@ -85,14 +98,18 @@ def repartition(
     the codec of the set, and where the file system can share blocks, nothing is written but what is new.
 
     Every stored chunk is compared with its checksum before it counts, so that damage is not handed on: it raises
-    `IntegrityError`.  Planning arguments are those of `plan`; `tied` is that of the set unless it is given.  `only`,
-    `threads`, `existing` and `direct` are as in `split`; with `only`, just those payloads are needed that hold bytes of
-    these partitions.  Interrupted at any moment, it leaves the input untouched, nothing that passes for a partition
+    `IntegrityError`.  With `root_digest` only that very set is taken, and each chunk is held to its digest, too.
+
+    Planning arguments are those of `plan`; `tied` is that of the set unless it is given.  What a cut within layers
+    takes from the middle of a chunk is decoded and encoded again.  `only`, `threads`, `existing` and `direct` are as in
+    `split`; with `only`, just those payloads are needed that hold bytes of these partitions.
+
+    Interrupted at any moment, it leaves the input untouched, nothing that passes for a partition
     set, and what a later run with `existing="resume"` needs.  Raises any branch of `MmsplitError`.
     """
     if existing not in get_args(Existing):
         raise RequestError(f"no such way with existing output: {existing!r}", hint=f"Possible are {_EXISTING}.")
-    stored = open_stored_set(source, hub or HubOptions())
+    stored = open_stored_set(source, hub or HubOptions(), root_digest)
     _require_apart(stored.directory, Path(output))
     checkpoint = read_set_checkpoint(stored)
     manifest = stored.manifest
@@ -102,6 +119,8 @@ def repartition(
         weights=weights,
         boundaries=boundaries,
         tied=tied or manifest.tied,  # type: ignore[arg-type]  # whoever plans looks at it
+        split_by=split_by,
+        rule=rule,
     )
     plan = plan_for_nodes_or_parts(checkpoint, request, nodes)
     options = SplitOptions(
