@@ -15,7 +15,9 @@ _SIZES = (0, 1, 7, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 2 * CHUNK_BYTE
 
 def _tensor(name: str, start: int, size: int, first_chunk: int, also: tuple[SourcePlace, ...] = ()) -> TensorEntry:
     count = chunk_count_of(size)
-    return TensorEntry(name, "U8", (size,), size, size, "0" * 16, first_chunk, count, "s", start, start + size, also)
+    return TensorEntry(
+        name, "U8", (size,), size, size, "0" * 16, first_chunk, count, "s", start, start + size, also=also
+    )
 
 
 def _manifest(part_id: int, tensors: list[TensorEntry], alias: str | None = None) -> Manifest:
