@@ -6,6 +6,7 @@
     sign(path, private_key)              vouch for a set with a key
     merge(path, output)                  the original shards again, byte for byte
     export(source, output)               safetensors for any loader, or JSON; load_partition_json(path) reads that
+    repartition(path, output, num_parts)    the same model cut another way, its chunks moved as they are
     repair(path, source)                 what is damaged made again, from the checkpoint or another copy
     open_partition(path)                 a mapping of tensor names to numpy arrays
     open_set(path), open_checkpoint(path), inspect(path)
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from mmsplit.verbs.pull import PullResult, pull
     from mmsplit.verbs.push import PushResult, push
     from mmsplit.verbs.repair import RepairResult, repair
+    from mmsplit.verbs.repartition import RepartitionResult, repartition
     from mmsplit.verbs.sign import SignResult, sign
     from mmsplit.verbs.split import SplitResult, split
     from mmsplit.verbs.verify import VerifyResult, verify
@@ -117,6 +119,7 @@ _HOMES = {
     "mmsplit.verbs.pull": ("PullResult", "pull"),
     "mmsplit.verbs.push": ("PushResult", "push"),
     "mmsplit.verbs.repair": ("RepairResult", "repair"),
+    "mmsplit.verbs.repartition": ("RepartitionResult", "repartition"),
     "mmsplit.verbs.sign": ("SignResult", "sign"),
     "mmsplit.verbs.split": ("SplitResult", "split"),
     "mmsplit.verbs.verify": ("VerifyResult", "verify"),

@@ -23,7 +23,7 @@ from mmsplit.planning import (
 from mmsplit.remote.source import HubOptions, hub_address_of, open_source
 from mmsplit.sidecar.manifest_builder import Origin
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory
-from mmsplit.sidecar.set_manifest import KeptBytes
+from mmsplit.sidecar.set_manifest import KeptBytes, ShardEntry
 from mmsplit.splitting import SplitOptions, SplitResult, SplitRun, fold_equal_tensors
 from mmsplit.workers import ProgressCallback, thread_count
 
@@ -111,7 +111,10 @@ def split(
         plan.digest,
         _source_digest(source, headers),
     )
-    kept = {name: KeptBytes.of(headers.pop(name)) for name in list(headers)}
+    known = {
+        shard.name: ShardEntry(shard.name, shard.size_bytes, None, KeptBytes.of(headers.pop(shard.name)))
+        for shard in source.shards
+    }
     directory = source.storage.directory
     if directory is not None and Path(output).resolve() == directory.resolve():
         raise RequestError(
@@ -120,7 +123,7 @@ def split(
             hint="Choose another directory for the partition set.",
         )
     with OutputDirectory(Path(output)) as out:
-        return SplitRun(source, plan, origin, options, out, kept, progress).execute(existing)
+        return SplitRun(source, plan, origin, options, out, known, progress).execute(existing)
 
 
 def _source_digest(checkpoint: Checkpoint, headers: dict[str, bytes]) -> str:

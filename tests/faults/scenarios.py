@@ -31,6 +31,7 @@ from mmsplit.sidecar.payload_file import PayloadFile
 from mmsplit.verbs.download import download
 from mmsplit.verbs.merge import merge
 from mmsplit.verbs.pull import pull
+from mmsplit.verbs.repartition import repartition
 from mmsplit.verbs.split import split
 from mmsplit.verbs.verify import verify
 
@@ -182,6 +183,17 @@ def _split(existing: str, num_parts: int = 2, only: tuple[int, ...] | None = Non
     )
 
 
+def _repartition(existing: str) -> Act:
+    return lambda work: repartition(
+        work.source,
+        work.out,
+        3,
+        threads=1,
+        existing=existing,
+        direct=work.direct,  # type: ignore[arg-type]
+    )
+
+
 def _merge(*, resume: bool) -> Act:
     def act(work: Work) -> object:
         # It cannot be told how to write, and finds out what the file system takes.
@@ -216,6 +228,9 @@ SCENARIOS = (
     Scenario(
         "split --only", _given_model, _split("refuse", 3, (1,)), _split("resume", 3, (1,)),
         _split("force", 3, (1,)), _judge_partition,
+    ),
+    Scenario(
+        "repartition", _given_set, _repartition("refuse"), _repartition("resume"), _repartition("force"), _judge_set
     ),
     Scenario("merge", _given_set, _merge(resume=False), _merge(resume=True), None, _judge_files),
     Scenario("pull", _given_set, _pull(force=False), _pull(force=False), _pull(force=True), _judge_set),
