@@ -160,72 +160,55 @@ class RestoredPayload(RemoteFile):
             count = max(0, min(band.stop - band.start, layout.block_count - first))  # behind the end all are sound
             expected, known = self._parity.checksums(first, count)
             there[number, :count] &= known & (found[number, :count] == expected)
-        damaged = [stripe for stripe in range(band.start, band.stop) if not there[column, stripe - band.start]]
-        # What is lost beside each other is lost in the same columns, and to find out how a column is made of the
-        # others takes longer than to make it: so stripes that lack the same blocks are made again together.
-        groups: dict[tuple[int, ...], list[int]] = {}
-        parity: dict[tuple[int, int], bytes] = {}
-        for stripe in damaged:
-            groups.setdefault(self._sound_blocks(stripe, there[:, stripe - band.start], parity), []).append(stripe)
-        restored: dict[int, bytes] = {}
-        for numbers, stripes in groups.items():
-            restored |= self._restore_stripes(self._buffer, column, stripes, numbers, parity)
+        restored = self._restore_stripes(self._buffer, column, band, there)
         return b"".join(
-            restored[stripe] if stripe in restored else self._buffer.block(column, stripe)
-            for stripe in range(band.start, band.stop)
+            restored.get(stripe) or self._buffer.block(column, stripe) for stripe in range(band.start, band.stop)
         )
 
-    def _sound_blocks(
-        self, stripe: int, there: NDArray[np.bool_], parity: dict[tuple[int, int], bytes]
-    ) -> tuple[int, ...]:
-        """Return numbers of blocks that give the stripe back; those of them that are parity are added to `parity`."""
-        layout, scratch = self._parity.layout, Scratch()
-        numbers = np.flatnonzero(there).tolist()
-        lost = layout.data_count - len(numbers)
-        sound = 0
-        for column in range(layout.parity_count):
-            if sound == lost:
-                return tuple(numbers)
-            block = self._parity.parity_block(column, stripe, scratch)
-            if block is not None:
-                sound += 1
-                numbers.append(layout.data_count + column)
-                parity[layout.data_count + column, stripe] = block
-        if sound < lost:
-            raise IntegrityError(
-                f"stripe {stripe:,} of {layout.stripe_count:,} has lost {lost} of {layout.data_count} blocks, and its"
-                f" {sound} sound parity blocks make no more than {sound} again",
-                path=self._parity.path,
-            )
-        return tuple(numbers)
-
     def _restore_stripes(
-        self,
-        buffer: StripeBuffer,
-        column: int,
-        stripes: list[int],
-        numbers: tuple[int, ...],
-        parity: Mapping[tuple[int, int], bytes],
+        self, buffer: StripeBuffer, column: int, band: Band, there: NDArray[np.bool_]
     ) -> dict[int, bytes]:
-        """Return the blocks of a column, by stripe; `numbers` are the blocks that are sound in all these stripes."""
+        """Return the damaged blocks of a column as they were, by stripe."""
         layout, size = self._parity.layout, self._parity.layout.block_bytes
-        blocks = {
-            number: b"".join(
-                buffer.block(number, stripe) if number < layout.data_count else parity[number, stripe]
-                for stripe in stripes
-            )
-            for number in numbers
+        parity = {
+            stripe: self._sound_parity(stripe, np.flatnonzero(~there[:, stripe - band.start]).tolist())
+            for stripe in range(band.start, band.stop)
+            if not there[column, stripe - band.start]
         }
-        length = len(stripes) * size
-        data = self._stripe_code().restore(blocks)[column * length : (column + 1) * length]
+        if not parity:
+            return {}
+        for number, place in np.argwhere(~there).tolist():
+            buffer.clear(number, band.start + place)
+        encoded = buffer.encode(self._stripe_code())
         restored = {}
-        for place, stripe in enumerate(stripes):
-            block = data[place * size : (place + 1) * size]
+        for stripe, stored in parity.items():
+            span = slice((stripe - band.start) * size, (stripe - band.start + 1) * size)
+            lost = np.flatnonzero(~there[:, stripe - band.start]).tolist()
+            differences = {number: encoded[number, span] ^ block for number, block in stored.items()}
+            block = self._stripe_code().restore(column, lost, differences).tobytes()
             expected, known = self._parity.checksums(column * layout.stripe_count + stripe, 1)
             if known[0] and xxhash.xxh3_64_intdigest(block) != int(expected[0]):
                 raise IntegrityError("parity does not give what it was made of", path=self._parity.path)
             restored[stripe] = block
         return restored
+
+    def _sound_parity(self, stripe: int, lost: list[int]) -> dict[int, NDArray[np.uint8]]:
+        """Return as many parity blocks of a stripe as it has lost blocks, by their numbers."""
+        layout, scratch = self._parity.layout, Scratch()
+        sound: dict[int, NDArray[np.uint8]] = {}
+        for number in range(layout.parity_count):
+            if len(sound) == len(lost):
+                break
+            block = self._parity.parity_block(number, stripe, scratch)
+            if block is not None:
+                sound[number] = np.frombuffer(block, np.uint8)
+        if len(sound) < len(lost):
+            raise IntegrityError(
+                f"stripe {stripe:,} of {layout.stripe_count:,} has lost {len(lost)} of {layout.data_count} blocks, and"
+                f" its {len(sound)} sound parity block(s) make no more than {len(sound)} again",
+                path=self._parity.path,
+            )
+        return sound
 
     def _stripe_code(self) -> StripeCode:
         if self._code is None:

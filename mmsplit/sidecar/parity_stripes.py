@@ -10,6 +10,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from mmsplit.checkpoint import FileReader, Scratch
+from mmsplit.codec.erasure import StripeCode
 from mmsplit.errors import CheckpointError, IntegrityError
 from mmsplit.sidecar.parity_layout import ParityLayout
 
@@ -17,6 +18,8 @@ from mmsplit.sidecar.parity_layout import ParityLayout
 _BAND_BYTES: Final = 32 << 20
 #: Of each column so much is read at once, where the band allows: disks read long ranges faster.
 _LONGEST_RANGE_BYTES: Final = 1 << 20
+#: Encoded at once of every column: what goes into a call and comes out of it stays in the processor's caches.
+_PIECE_BYTES: Final = 16 << 10
 
 
 class Band(NamedTuple):
@@ -79,17 +82,23 @@ class StripeBuffer:
                 found[column, stripe] = xxhash.xxh3_64_intdigest(view[stripe * size : (stripe + 1) * size])
         return found
 
-    def pieces(self, piece_bytes: int) -> Iterator[tuple[int, bytes]]:
-        """Yield the band in pieces of every column, and where each begins in its column of the band.
-
-        Each piece is the same bytes of all columns, one column after the other: what the code wants.
-        """
+    def encode(self, code: StripeCode) -> NDArray[np.uint8]:
+        """Return the parity blocks of the band: by number, those of its stripes one after the other."""
         length = (self._band.stop - self._band.start) * self._layout.block_bytes
-        for start in range(0, length, piece_bytes):
-            yield start, self._rows[:, start : min(start + piece_bytes, length)].tobytes()
+        parity = np.empty((self._layout.parity_count, length), np.uint8)
+        for start in range(0, length, _PIECE_BYTES):
+            stop = min(start + _PIECE_BYTES, length)
+            for number, block in enumerate(code.encode(self._rows[:, start:stop].tobytes())):
+                parity[number, start:stop] = block
+        return parity
+
+    def clear(self, column: int, stripe: int) -> None:
+        """Put zeros in the place of a block; `stripe` counts in the payload, here and below."""
+        start = (stripe - self._band.start) * self._layout.block_bytes
+        self._rows[column, start : start + self._layout.block_bytes] = 0
 
     def block(self, column: int, stripe: int) -> memoryview:
-        """Return a block of the band; `stripe` counts in the payload."""
+        """Return a block of the band."""
         start = (stripe - self._band.start) * self._layout.block_bytes
         return memoryview(self._rows[column])[start : start + self._layout.block_bytes]
 

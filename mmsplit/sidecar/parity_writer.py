@@ -34,8 +34,6 @@ from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, Worker
 
 #: Encoding holds the GIL, so that more threads than these, which read and hash meanwhile, bring nothing but buffers.
 _MOST_THREADS: Final = 3
-#: Encoded at once of every block: what comes in and goes out of a call stays in the processor's caches.
-_PIECE_BYTES: Final = 16 << 10
 
 
 def make_parity(
@@ -135,10 +133,7 @@ class _ParityRun:
         if not buffer.read(self._reader, band).all():
             raise IntegrityError("payload cannot be read", path=self._reader.path)
         self._data[:, band.start : band.stop] = buffer.checksums()
-        parity = np.empty((layout.parity_count, (band.stop - band.start) * size), np.uint8)
-        for start, piece in buffer.pieces(min(size, _PIECE_BYTES)):
-            for column, block in enumerate(self._code.encode(piece)):
-                parity[column, start : start + len(block)] = np.frombuffer(block, np.uint8)
+        parity = buffer.encode(self._code)
         for column in range(layout.parity_count):
             view = memoryview(parity[column])
             for stripe in range(band.stop - band.start):
