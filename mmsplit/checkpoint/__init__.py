@@ -16,6 +16,7 @@ from mmsplit.checkpoint.tensor import (
     TensorInfo,
     TensorRows,
     TensorView,
+    slice_rows,
 )
 
 __all__ = [
@@ -45,4 +46,5 @@ __all__ = [
     "iter_with_read_ahead",
     "open_checkpoint",
     "read_checkpoint",
+    "slice_rows",
 ]

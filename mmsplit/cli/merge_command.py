@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mmsplit.checkpoint import IoMode
-from mmsplit.cli.options import PATH, json_option, work_options
+from mmsplit.cli.options import PATH, json_option, root_option, work_options
 from mmsplit.cli.progress import ProgressDisplay
 from mmsplit.cli.render import echo, echo_json, size
 from mmsplit.verbs.merge import merge
@@ -17,14 +17,22 @@ from mmsplit.verbs.merge import merge
 @click.argument("path", metavar="SET", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, help="Directory for the checkpoint.")
 @click.option("--resume", is_flag=True, help="Keep shards that are there and right, make the rest.")
+@root_option
 @work_options
 @json_option
 def merge_command(
-    path: Path, output: Path, resume: bool, threads: int | None, io: IoMode, quiet: bool, as_json: bool
+    path: Path,
+    output: Path,
+    resume: bool,
+    root_digest: str | None,
+    threads: int | None,
+    io: IoMode,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Merge the partition set SET into the original checkpoint, byte for byte."""
     with ProgressDisplay(quiet) as progress:
-        result = merge(path, output, resume=resume, threads=threads, io=io, progress=progress)
+        result = merge(path, output, resume=resume, root_digest=root_digest, threads=threads, io=io, progress=progress)
     if as_json:
         echo_json(result.as_json())
         return

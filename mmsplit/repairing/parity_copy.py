@@ -6,7 +6,6 @@ damaged, the checksums in the parity file say; should these lie, those of the ch
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from mmsplit.checkpoint import FileReader, Scratch
 from mmsplit.codec.erasure import StripeCode
+from mmsplit.digests import sha256_of
 from mmsplit.errors import CheckpointError, FormatError, IntegrityError, MissingExtraError, RemoteNotFoundError
 from mmsplit.remote.remote_file import GoOn, RemoteFile, never_stop
 from mmsplit.remote.set_source import SetSource
@@ -124,7 +124,7 @@ class RestoredPayload(RemoteFile):
         data = find_manifest_copy(self)
         if data is None or len(data) > limit_bytes:
             return None
-        is_it = self._parity.header.manifest_sha256 == f"sha256:{hashlib.sha256(data).hexdigest()}"
+        is_it = self._parity.header.manifest_sha256 == sha256_of(data)
         return data if is_it else None
 
     def close(self) -> None:

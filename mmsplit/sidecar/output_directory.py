@@ -20,6 +20,7 @@ import xxhash
 
 from mmsplit.durable import make_directory
 from mmsplit.errors import MmsplitError, NoSpaceError, OutputError, OutputExistsError, OutputLockedError
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.framing import MAGIC
 from mmsplit.sidecar.layout import DATA_START
 from mmsplit.sidecar.manifest import manifest_name, parse_manifest, payload_name
@@ -139,7 +140,7 @@ class OutputDirectory:
 
     def _require_same_origin(self, path: Path, identity: Mapping[str, object]) -> None:
         try:
-            manifest = parse_manifest(path.read_bytes(), str(path))
+            manifest = parse_manifest(read_regular(path), str(path))
         except (MmsplitError, OSError) as error:
             raise OutputExistsError(
                 f"output holds a partition that cannot be read: {error}",
@@ -193,7 +194,7 @@ class OutputDirectory:
         """Return the state, None if there is none.  It is believed only whole: it holds digests of the shards."""
         what = "it is not what was written"
         try:
-            state = json.loads((self.path / STATE_NAME).read_bytes())
+            state = json.loads(read_regular(self.path / STATE_NAME))
             if isinstance(state, dict) and state.pop("xxh3", None) == _state_checksum(state):
                 return state
         except FileNotFoundError:
@@ -209,7 +210,7 @@ class OutputDirectory:
     def _read_set_manifest(self) -> SetManifest:
         path = self.path / SET_MANIFEST_NAME
         try:
-            return parse_set_manifest(path.read_bytes(), str(path))
+            return parse_set_manifest(read_regular(path), str(path))
         except (MmsplitError, OSError) as error:
             raise OutputExistsError(
                 f"output holds a set manifest that cannot be read: {error}",

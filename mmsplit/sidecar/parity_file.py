@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +38,8 @@ class ParityFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not path.is_file():  # to open a pipe would wait for ever
+            raise IntegrityError("parity file is no file", path=path)
         try:
             self._reader = FileReader(path, io="pread", changed_error=IntegrityError)
         except OSError as error:
@@ -165,7 +168,7 @@ def find_parity_faults(
     It must be of the partition whose manifest has that SHA-256; None if nobody knows it.  Without `look` its parity
     blocks are not read.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
     try:
         with ParityFile(path) as parity:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,9 @@ import xxhash
 
 from mmsplit.checkpoint import FileReader
 from mmsplit.codec.erasure import StripeCode
+from mmsplit.digests import sha256_of
 from mmsplit.errors import IntegrityError, NoSpaceError
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.chunk_check import check_chunks
 from mmsplit.sidecar.output_directory import free_bytes
 from mmsplit.sidecar.output_files import output_errors, partial_path, sync_directory
@@ -88,7 +89,7 @@ def ensure_parity(
 def manifest_digest(manifest_path: Path) -> str:
     """Return the SHA-256 of a manifest, which says what payload a parity file is of."""
     with output_errors(manifest_path):
-        return f"sha256:{hashlib.sha256(manifest_path.read_bytes()).hexdigest()}"
+        return sha256_of(read_regular(manifest_path))
 
 
 class _ParityRun:

@@ -6,28 +6,27 @@ Whoever does not trust the disk reads the shards once more, with `sha256sum` or 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from mmsplit.checkpoint import ByteRange, FileReader, IoMode, LocalStorage, Scratch
+from mmsplit.checkpoint import ByteRange, IoMode, LocalStorage
 from mmsplit.errors import IntegrityError, OutputError, OutputExistsError, RequestError
-from mmsplit.merging.lane import Lane
-from mmsplit.merging.span import Span, StoredTensor, iter_spans
+from mmsplit.merging.lanes import write_files
+from mmsplit.merging.span import Span, StoredTensor, iter_stored
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.output_directory import OutputDirectory
-from mmsplit.sidecar.output_files import output_errors, partial_path, write_whole_file
+from mmsplit.sidecar.output_files import output_errors, partial_path, sha256_of_file, write_whole_file
 from mmsplit.sidecar.partition_reader import OpenPartition, require_partition
 from mmsplit.sidecar.set_manifest import SetManifest, ShardEntry
 from mmsplit.sidecar.set_reader import open_partition_of_set, read_set_manifest, resolve_set_path
 from mmsplit.sidecar.shard_pieces import KeptPiece, arrange_shard
 from mmsplit.sidecar.shard_writer import ShardWriter
 from mmsplit.sidecar.small_files import copy_small_files, read_small_files, require_free_names
-from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup, thread_count
+from mmsplit.workers import ProgressCallback, ProgressCounter, thread_count
 
-_HASH_BYTES: Final = 4 << 20
-#: Threads that decode for one lane: hashing, which is one thread there, keeps no more of them busy.
-_MOST_DECODERS: Final = 4
+#: What the partitions have of each shard, by its name, with the place there.
+_Stored: TypeAlias = dict[str, list[tuple[ByteRange, StoredTensor]]]
 
 
 class MergeResult(NamedTuple):
@@ -60,6 +59,7 @@ def merge(
     output: str | Path,
     *,
     resume: bool = False,
+    root_digest: str | None = None,
     threads: int | None = None,
     io: IoMode = "auto",
     progress: ProgressCallback | None = None,
@@ -67,7 +67,8 @@ def merge(
     """Write the original shards, weights index and small files of the set at `path` into `output`.
 
     A shard that is there already is refused; with `resume` it is kept if it has the right SHA-256, so that an
-    interrupted merge goes on where it was.  Raises `MissingPartitionError` if a partition is not there,
+    interrupted merge goes on where it was.  With `root_digest` only that very set is merged, and every stored chunk is
+    held to its digest before it is decoded.  Raises `MissingPartitionError` if a partition is not there,
     `IntegrityError` if a chunk or a finished shard is not what the split recorded.
     """
     root, only = resolve_set_path(Path(path))
@@ -75,14 +76,17 @@ def merge(
         raise RequestError("this is one partition; merging takes the whole set", path=path, hint=f"Give {root}.")
     if Path(output).resolve() == root.resolve():
         raise RequestError("output is the directory of the set", path=output, hint="Choose another directory.")
-    manifest = read_set_manifest(root)
+    manifest = read_set_manifest(root, root_digest)
+    is_bound = root_digest is not None
     for entry in manifest.partitions:
         require_partition(root, entry.part_id)
     partitions: list[OpenPartition] = []
     try:
         for entry in manifest.partitions:
-            partitions.append(open_partition_of_set(root, manifest, entry.part_id, io))
-        pieces = _arrange_shards(partitions, manifest)
+            partitions.append(open_partition_of_set(root, manifest, entry.part_id, io, is_bound=is_bound))
+        stored = _stored_by_shard(partitions, manifest)
+        for shard in manifest.shards:
+            _pieces_of(shard, stored)  # says what is wrong before anything is written
         with OutputDirectory(Path(output)) as out:
             kept = _keep_finished(out.path, manifest.shards, resume)
             _require_no_other_index(out.path, manifest)
@@ -95,7 +99,7 @@ def merge(
             files = read_small_files(LocalStorage(root), list(digests), digests)
             require_free_names(out.path, files, None)
             copy_small_files(LocalStorage(root), files, out.path)
-            _write_shards(out.path, todo, pieces, thread_count(threads), progress)
+            _write_shards(out.path, todo, stored, thread_count(threads), progress)
             if manifest.weights_index is not None:
                 name, index = manifest.weights_index
                 if not (out.path / name).exists():
@@ -106,11 +110,9 @@ def merge(
     return MergeResult(Path(output), manifest.shards, tuple(kept), sum(shard.size_bytes for shard in manifest.shards))
 
 
-def _stored_by_shard(
-    partitions: Sequence[OpenPartition], manifest: SetManifest
-) -> dict[str, list[tuple[ByteRange, StoredTensor]]]:
+def _stored_by_shard(partitions: Sequence[OpenPartition], manifest: SetManifest) -> _Stored:
     """Return what the partitions have of each shard, with its place there; copies of tied weights are left out."""
-    stored: dict[str, list[tuple[ByteRange, StoredTensor]]] = {shard.name: [] for shard in manifest.shards}
+    stored: _Stored = {shard.name: [] for shard in manifest.shards}
     for partition in partitions:
         for layer in partition.manifest.layers:
             if layer.alias is not None:  # copies of tied weights have their original elsewhere
@@ -128,22 +130,21 @@ def _stored_by_shard(
     return stored
 
 
-def _arrange_shards(
-    partitions: Sequence[OpenPartition], manifest: SetManifest
-) -> dict[str, list[KeptPiece | StoredTensor]]:
-    """Return each shard's pieces in file order; raises unless they cover every byte once."""
-    stored = _stored_by_shard(partitions, manifest)
-    return {
-        shard.name: arrange_shard(stored[shard.name], shard.kept.data(shard.name), shard.size_bytes, shard.name)
-        for shard in manifest.shards
-    }
+def _pieces_of(shard: ShardEntry, stored: _Stored) -> list[KeptPiece | StoredTensor]:
+    """Return a shard's pieces in file order; raises unless they cover every byte once.
+
+    Its kept bytes are in memory as long as the pieces are: those of one shard, not of all.
+    """
+    return arrange_shard(stored[shard.name], shard.kept.data(shard.name), shard.size_bytes, shard.name)
 
 
 def _keep_finished(out: Path, shards: Sequence[ShardEntry], resume: bool) -> list[str]:
     kept = []
     for shard in shards:
         path = out / shard.name
-        if not path.exists():
+        with output_errors(path):
+            is_there = path.exists()
+        if not is_there:
             continue
         if not resume:
             raise OutputExistsError(
@@ -157,7 +158,7 @@ def _keep_finished(out: Path, shards: Sequence[ShardEntry], resume: bool) -> lis
                 path=path,
                 hint="Remove it, or choose another directory.",
             )
-        found = "" if path.stat().st_size != shard.size_bytes else _sha256_of(path)
+        found = "" if path.stat().st_size != shard.size_bytes else sha256_of_file(path)
         if found != shard.sha256:
             raise OutputExistsError(
                 "another file has the name of a shard",
@@ -175,7 +176,7 @@ def _require_no_other_index(out: Path, manifest: SetManifest) -> None:
         return
     name, index = manifest.weights_index
     with output_errors(out / name):
-        if (out / name).exists() and (out / name).read_bytes() != index.data(name):
+        if (out / name).exists() and read_regular(out / name) != index.data(name):
             raise OutputExistsError(
                 "another file has the name of the weights index",
                 path=out / name,
@@ -183,47 +184,23 @@ def _require_no_other_index(out: Path, manifest: SetManifest) -> None:
             )
 
 
-def _sha256_of(path: Path) -> str:
-    digest, scratch = hashlib.sha256(), Scratch()
-    with output_errors(path), FileReader(path) as reader:
-        for start in range(0, reader.size_bytes, _HASH_BYTES):
-            with reader.borrow(start, min(start + _HASH_BYTES, reader.size_bytes), scratch) as view:
-                digest.update(view)
-    return f"sha256:{digest.hexdigest()}"
-
-
 def _write_shards(
     out: Path,
     shards: Sequence[ShardEntry],
-    pieces: dict[str, list[KeptPiece | StoredTensor]],
+    stored: _Stored,
     threads: int,
     progress: ProgressCallback | None,
 ) -> None:
-    if not shards:
-        return
     writers = [ShardWriter(out, shard) for shard in shards]
     counter = ProgressCounter("merge", sum(shard.size_bytes for shard in shards), progress)
-    todo = JobStream(iter(writers))
 
-    def iter_lane() -> Iterator[Span]:
-        while (writer := todo.take()) is not None:
-            yield from iter_spans(writer, pieces[writer.entry.name])
-
-    lane_count = min(len(writers), (threads + 1) // 2)
-    decoders = min(_MOST_DECODERS, -(-threads // lane_count))
-    lanes = [Lane(iter_lane(), decoders, counter) for _ in range(lane_count)]
-
-    def cancel() -> None:
-        for lane in lanes:
-            lane.cancel()
+    def iter_shard(writer: ShardWriter) -> Iterator[Span]:
+        arranged = _pieces_of(writer.entry, stored)
+        return iter_stored(writer, 0, (piece.data if isinstance(piece, KeptPiece) else piece for piece in arranged))
 
     try:
-        with WorkerGroup(cancel) as group:
-            for lane in lanes:
-                lane.start(group)
+        write_files(writers, iter_shard, threads, counter)
     finally:
-        for lane in lanes:
-            lane.close()
         for writer in writers:
             writer.close()
     for writer in writers:

@@ -56,6 +56,11 @@ def test_what_is_no_index_is_an_error_in_words(data: bytes, words: str) -> None:
         "\x1b[2J.safetensors",
         "x\u202e.safetensors",
         "x\udc80.safetensors",
+        "x.safetensors.",
+        "x.safetensors ",
+        "NUL",
+        "nul.safetensors",
+        "Com1 .x.safetensors",
     ],
 )
 def test_name_that_could_lead_elsewhere_is_refused(name: str) -> None:
@@ -66,6 +71,8 @@ def test_name_that_could_lead_elsewhere_is_refused(name: str) -> None:
     assert caught.value.tensor == "t"
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "a b.safetensors", "模型.safetensors", "..x"])
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00002.safetensors", "a b.safetensors", "模型.safetensors", "..x", "console.x", "com.x"]
+)
 def test_ordinary_name_is_plain(name: str) -> None:
     assert is_plain_name(name)

