@@ -6,9 +6,11 @@ damaged, the checksums in the parity file say; should these lie, those of the ch
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import xxhash
@@ -21,13 +23,15 @@ from mmsplit.errors import CheckpointError, FormatError, IntegrityError, Missing
 from mmsplit.remote.remote_file import GoOn, RemoteFile, never_stop
 from mmsplit.remote.set_source import SetSource
 from mmsplit.repairing.sources import SetCopy
-from mmsplit.sidecar.manifest import manifest_name, payload_name
+from mmsplit.sidecar.manifest import payload_name
 from mmsplit.sidecar.parity_file import ParityFile
 from mmsplit.sidecar.parity_layout import parity_name
 from mmsplit.sidecar.parity_stripes import Band, StripeBuffer, stripes_at_once
 from mmsplit.sidecar.partition_reader import OpenPartition, find_manifest_copy
 
-_LOCATION = "parity"
+_LOCATION: Final = "parity"
+_MANIFEST: Final = re.compile(r"partition_(\d+)\.json\Z", re.ASCII)
+_PAYLOAD: Final = re.compile(r"partition_(\d+)\.bin\Z", re.ASCII)
 
 
 class ParityCopy(SetCopy):
@@ -37,42 +41,51 @@ class ParityCopy(SetCopy):
     of another payload is not used.  Neither is one without a sound header.
     """
 
-    def __init__(self, root: Path, part_ids: tuple[int, ...], digests: Mapping[int, str]) -> None:
+    def __init__(self, root: Path, digests: Mapping[int, str]) -> None:
         super().__init__(SetSource(_LOCATION, self._open_file, directory=root))
-        self._payloads: dict[str, RestoredPayload] = {}
-        self._part_ids: set[int] = set()
-        for part_id in part_ids:
-            payload = root / payload_name(part_id)
-            parity = _open_parity(root / parity_name(part_id), part_id, digests.get(part_id))
-            if parity is None:
-                continue
-            if not payload.is_file():
-                parity.close()
-                continue
-            self._payloads[payload.name] = RestoredPayload(payload, parity)
-            self._part_ids.add(part_id)
+        self._root = root
+        self._digests = digests
+        self._opening = threading.Lock()
+        # One at a time, as partitions are repaired: a set may have more of them than may be open.
+        self._current: tuple[int, RestoredPayload | None] | None = None
+
+    def open(self, name: str) -> RemoteFile:
+        """Return a payload.  Raises `RemoteNotFoundError` if it has no parity that can be used."""
+        return self._open_file(name)
 
     def may_have(self, partition: OpenPartition, chunk: int) -> bool:  # noqa: ARG002
         """Whether the partition has parity; whether that is enough shows when it is tried."""
-        return partition.manifest.part_id in self._part_ids
-
-    def close(self) -> None:
-        """Close the parity files."""
-        for payload in self._payloads.values():
-            payload.close()
+        return self._payload_of(partition.manifest.part_id) is not None
 
     def whole_file(self, name: str, limit_bytes: int) -> bytes | None:
         """Return a manifest, from the payload that carries it."""
-        for part_id in self._part_ids:
-            if name == manifest_name(part_id):
-                return self._payloads[payload_name(part_id)].manifest(limit_bytes)
-        return None
+        match = _MANIFEST.match(name)
+        payload = None if match is None else self._payload_of(int(match[1]))
+        return None if payload is None else payload.manifest(limit_bytes)
+
+    def close(self) -> None:
+        """Close the parity file that is open."""
+        if self._current is not None and self._current[1] is not None:
+            self._current[1].close()
+        self._current = None
 
     def _open_file(self, name: str) -> RemoteFile:
-        payload = self._payloads.get(name)
+        match = _PAYLOAD.match(name)
+        payload = None if match is None else self._payload_of(int(match[1]))
         if payload is None:
             raise RemoteNotFoundError("no parity", path=name)
         return payload
+
+    def _payload_of(self, part_id: int) -> RestoredPayload | None:
+        with self._opening:
+            if self._current is None or self._current[0] != part_id:
+                self.close()
+                path, payload = self._root / payload_name(part_id), None
+                if path.is_file():
+                    parity = _open_parity(self._root / parity_name(part_id), part_id, self._digests.get(part_id))
+                    payload = None if parity is None else RestoredPayload(path, parity)
+                self._current = part_id, payload
+            return self._current[1]
 
 
 class RestoredPayload(RemoteFile):

@@ -132,7 +132,7 @@ class _RepairRun:
         part_ids = () if found is None and self._options.is_bound else self._part_ids(found, wanted)
         manifest = None if found is None else found.manifest
         digests = {} if manifest is None else {entry.part_id: entry.manifest_sha256 for entry in manifest.partitions}
-        with closing(ParityCopy(self._root, part_ids, digests)) as parity:
+        with closing(ParityCopy(self._root, digests)) as parity:
             repair = PartitionRepair(
                 self._root, manifest, self._all_parts(found), self._sources, parity, self._ledger, self._options
             )
