@@ -8,6 +8,7 @@
     export(source, output)               safetensors for any loader, or JSON; load_partition_json(path) reads that
     repartition(path, output, num_parts)    the same model cut another way, its chunks moved as they are
     repair(path, source)                 what is damaged made again, from the checkpoint or another copy
+    parity(path, percent)                small files beside the payloads, from which repair needs no source
     open_partition(path)                 a mapping of tensor names to numpy arrays
     open_set(path), open_checkpoint(path), inspect(path)
 
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from mmsplit.verbs.inspect import inspect
     from mmsplit.verbs.load import Partition, PartitionSet, open_partition, open_set
     from mmsplit.verbs.merge import MergeResult, merge
+    from mmsplit.verbs.parity import ParityResult, parity
     from mmsplit.verbs.plan import plan
     from mmsplit.verbs.pull import PullResult, pull
     from mmsplit.verbs.push import PushResult, push
@@ -115,6 +117,7 @@ _HOMES = {
     "mmsplit.verbs.inspect": ("inspect",),
     "mmsplit.verbs.load": ("Partition", "PartitionSet", "open_partition", "open_set"),
     "mmsplit.verbs.merge": ("MergeResult", "merge"),
+    "mmsplit.verbs.parity": ("ParityResult", "parity"),
     "mmsplit.verbs.plan": ("plan",),
     "mmsplit.verbs.pull": ("PullResult", "pull"),
     "mmsplit.verbs.push": ("PushResult", "push"),

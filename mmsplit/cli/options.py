@@ -59,6 +59,22 @@ class PartIdList(click.ParamType[tuple[int, ...]]):
 PART_IDS = PartIdList()
 
 
+class Percent(click.ParamType[float]):
+    """A share in percent, with or without the sign."""
+
+    name = "percent"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Take 2%, 2 or 0.5%; which shares are possible is for the verbs to say."""
+        try:
+            return float(str(value).strip().removesuffix("%"))
+        except ValueError:
+            self.fail(f"{value!r} is not a percentage such as 2%", param, ctx)
+
+
+PERCENT = Percent()
+
+
 def planning_options(command: F) -> F:
     """Add the options that say how to plan a checkpoint."""
     return _planning_options(unknown_dtypes_option(command), default_tied="duplicate")

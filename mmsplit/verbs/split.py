@@ -9,6 +9,7 @@ from typing import Final, get_args
 
 from mmsplit.checkpoint import Checkpoint, IoMode
 from mmsplit.codec import CODEC_NAMES, CodecName
+from mmsplit.codec.erasure import require_erasure_library
 from mmsplit.errors import RequestError
 from mmsplit.planning import (
     By,
@@ -23,6 +24,8 @@ from mmsplit.planning import (
 from mmsplit.remote.source import HubOptions, hub_address_of, open_source
 from mmsplit.sidecar.manifest_builder import Origin
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory
+from mmsplit.sidecar.parity_layout import percent_hundredths
+from mmsplit.sidecar.parity_writer import ensure_parity
 from mmsplit.sidecar.set_manifest import KeptBytes, ShardEntry
 from mmsplit.splitting import SplitOptions, SplitResult, SplitRun, fold_equal_tensors
 from mmsplit.workers import ProgressCallback, thread_count
@@ -51,6 +54,7 @@ def split(
     io: IoMode = "auto",
     direct: bool = True,
     source_sha256: bool = True,
+    parity: float | None = None,
     model_id: str | None = None,
     revision: str | None = None,
     hub: HubOptions | None = None,
@@ -72,6 +76,9 @@ def split(
     `source_sha256=False` saves computing the SHA-256 of the source shards, a third of the processor time: merge can
     then compare no digest but one that the Hub publishes, and where there is none it has the checksums of the chunks.
 
+    `parity` is a share in percent, 0.5 to 50: when the partitions are complete, each gets a parity file of that size
+    beside its payload, as the verb `parity` makes it, and `repair` then needs no source for small damage.
+
     Interrupted at any moment, it leaves the source untouched, nothing that passes for a partition set, and what a
     later run with `existing="resume"` needs to come to the same bytes.  Raises any branch of `MmsplitError`.
     """
@@ -79,6 +86,9 @@ def split(
         raise RequestError(f"no such way with existing output: {existing!r}", hint=f"Possible are {_EXISTING}.")
     if codec not in CODEC_NAMES:
         raise RequestError(f"no such codec: {codec!r}", hint=f"Possible are {', '.join(CODEC_NAMES)}.")
+    if parity is not None:
+        percent_hundredths(parity)  # not after hours
+        require_erasure_library()
     hub = hub or HubOptions()
     if not isinstance(source, Checkpoint) and hub_address_of(source, hub) is not None:
         # What is asked for, a branch say, is not what the manifests record: that is the commit.
@@ -123,7 +133,11 @@ def split(
             hint="Choose another directory for the partition set.",
         )
     with OutputDirectory(Path(output)) as out:
-        return SplitRun(source, plan, origin, options, out, known, progress).execute(existing)
+        result = SplitRun(source, plan, origin, options, out, known, progress).execute(existing)
+        if parity is not None:
+            for entry in result.partitions:
+                ensure_parity(out.path / entry.manifest_file, parity, options.threads, progress)
+        return result
 
 
 def _source_digest(checkpoint: Checkpoint, headers: dict[str, bytes]) -> str:

@@ -30,6 +30,7 @@ from mmsplit.sidecar.output_directory import STATE_NAME
 from mmsplit.sidecar.payload_file import PayloadFile
 from mmsplit.verbs.download import download
 from mmsplit.verbs.merge import merge
+from mmsplit.verbs.parity import parity
 from mmsplit.verbs.pull import pull
 from mmsplit.verbs.repartition import repartition
 from mmsplit.verbs.split import split
@@ -116,6 +117,16 @@ def _given_unfinished(work: Work) -> None:
             split(work.source, work.out, 2, threads=1)
     except Crash:
         pass
+
+
+def _given_output(work: Work) -> None:
+    """The output holds the set."""
+    _make_model(work.source)
+    split(work.source, work.out, 2, threads=1)
+
+
+def _parity(work: Work) -> object:
+    return parity(work.out, 10, threads=1)
 
 
 def _given_damaged(work: Work) -> None:
@@ -235,6 +246,7 @@ SCENARIOS = (
     Scenario("merge", _given_set, _merge(resume=False), _merge(resume=True), None, _judge_files),
     Scenario("pull", _given_set, _pull(force=False), _pull(force=False), _pull(force=True), _judge_set),
     Scenario("pull --force over damage", _given_damaged, _pull(force=True), _pull(force=True), None, _judge_set),
+    Scenario("parity", _given_output, _parity, _parity, None, _judge_files, writes_direct=False),
     Scenario(
         "download to the cache", lambda _: None, _download(into_cache=True), _download(into_cache=True), None,
         _judge_cache, writes_direct=False,
