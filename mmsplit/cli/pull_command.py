@@ -82,7 +82,6 @@ def _show(result: PullResult) -> None:
         for each in result.partitions
     ]
     echo(table(("partition", "size", "fetched", "was there"), rows, (True, True, True, True)))
-    echo(
-        f"\n  {len(rows)} of {len(result.manifest.partitions)} partitions of {clean(result.manifest.model_id)}, all verified"
-    )
+    of_all = f"{len(rows)} of {len(result.manifest.partitions)} partitions"
+    echo(f"\n  {of_all} of {clean(result.manifest.model_id)}, all verified")
     echo(f"  root digest {result.root_digest}")
