@@ -15,6 +15,7 @@ from directories import sets
 from mutators import NAMES
 from sealing import Files, sealed, taken_apart, write_files
 
+from mmsplit.cli import run
 from mmsplit.errors import FormatError, IntegrityError, MmsplitError, OutputError, RequestError
 from mmsplit.sidecar.manifest import parse_manifest
 from mmsplit.sidecar.set_manifest import parse_set_manifest
@@ -121,6 +122,17 @@ def test_a_message_can_be_printed_and_tells_no_terminal_what_to_do(said: str) ->
         parse_set_manifest(json.dumps(values).encode(), "m")
     assert str(caught.value).isprintable()
     assert repr(said)[1:-1] in str(caught.value)
+
+
+def test_inspect_tells_no_terminal_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The name of a model is a stranger's word, too."""
+    parts = taken_apart(sets()["plain"])
+    values = {**json.loads(parts.set_manifest), "model_id": "\x1b[2Jmodel"}
+    write_files(tmp_path, sealed(parts._replace(set_manifest=json.dumps(values).encode())))
+    assert run(["inspect", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "\\x1b[2Jmodel" in printed
+    assert "\x1b" not in printed
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
