@@ -42,6 +42,7 @@ HOUSE = {
         "read_ahead",
         "directory",
         "checkpoint",
+        "kept_storage",
         "shard_hasher",
     ],
     "remote": [
@@ -108,6 +109,8 @@ HOUSE = {
         "chunk_copier",
         "slot_encoder",
         "small_files",
+        "disk_forecast",
+        "consumed_directory",
         "output_directory",
         "set_reader",
         "payload_pieces",
@@ -124,7 +127,17 @@ HOUSE = {
         "scrub_run",
     ],
     "merging": ["span", "lane"],
-    "splitting": ["partition_run", "slot_jobs", "stored_shards", "same_weights", "split_run"],
+    "splitting": [
+        "split_result",
+        "partition_run",
+        "slot_jobs",
+        "stored_shards",
+        "same_weights",
+        "consumption",
+        "kept_journal",
+        "consumer",
+        "split_run",
+    ],
     "repairing": [
         "ledger",
         "sources",
@@ -180,6 +193,8 @@ PURE_FILES = (
     "sidecar.payload_tail",
     "sidecar.set_card",
     "sidecar.scrub",
+    "sidecar.disk_forecast",
+    "splitting.consumption",
     "repairing.planned_partition",
 )
 

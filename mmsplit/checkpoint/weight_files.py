@@ -52,7 +52,9 @@ _NUMBERED: Final = re.compile(
     r"^(?P<family>.+)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})(?P<suffix>\.[a-z]+)$", re.ASCII
 )
 #: Partition sets may live beside the checkpoint they came from; they are never part of it.
-_PARTITION_FILE: Final = re.compile(r"^(partition_(\d+|set)\.(json|bin)(\..*)?|unfinished_split\.json)$", re.ASCII)
+_PARTITION_FILE: Final = re.compile(
+    r"^(partition_(\d+|set)\.(json|bin)(\..*)?|unfinished_(split|merge)\.json)$", re.ASCII
+)
 
 
 class Numbered(NamedTuple):

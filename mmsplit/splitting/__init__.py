@@ -1,5 +1,7 @@
 """What a split does: partitions on their way, the stream of slots, the digests of the shards."""
 
-from mmsplit.splitting.split_run import SplitOptions, SplitResult, SplitRun
+from mmsplit.splitting.consumer import Announce, Consumer
+from mmsplit.splitting.split_result import SplitOptions, SplitResult
+from mmsplit.splitting.split_run import SplitRun
 
-__all__ = ["SplitOptions", "SplitResult", "SplitRun"]
+__all__ = ["Announce", "Consumer", "SplitOptions", "SplitResult", "SplitRun"]
