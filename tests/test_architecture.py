@@ -126,7 +126,7 @@ HOUSE = {
         "scrub_history",
         "scrub_run",
     ],
-    "merging": ["span", "lane"],
+    "merging": ["set_consumer", "span", "lane"],
     "splitting": [
         "split_result",
         "partition_run",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mmsplit.checkpoint import IoMode
 from mmsplit.errors import FormatError, IntegrityError
-from mmsplit.sidecar.output_directory import STATE_NAME
+from mmsplit.sidecar.output_directory import STATE_NAME, UNFINISHED_MERGE_NAME
 from mmsplit.sidecar.partition_reader import (
     MAX_MANIFEST_BYTES,
     OpenPartition,
@@ -40,9 +40,18 @@ def resolve_set_path(path: Path) -> SetPath:
     )
 
 
-def read_set_manifest(root: Path) -> SetManifest:
-    """Read the set manifest in `root`.  Raises `FormatError` where there is none, saying why if it can be told."""
+def read_set_manifest(root: Path, *, may_be_begun: bool = False) -> SetManifest:
+    """Read the set manifest in `root`.  Raises `FormatError` where there is none, saying why if it can be told.
+
+    Also for a set that a merge has begun to delete, unless it `may_be_begun`.
+    """
     path = root / SET_MANIFEST_NAME
+    if not may_be_begun and (root / UNFINISHED_MERGE_NAME).exists():
+        raise FormatError(
+            "this set is no more whole: mmsplit merge --consume has begun to delete it, and is not finished",
+            path=root,
+            hint="Run that merge again with --resume.",
+        )
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise IntegrityError("set manifest is too large", path=path, found=path.stat().st_size)

@@ -7,15 +7,19 @@ Whoever does not trust the disk reads the shards once more, with `sha256sum` or 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from mmsplit.checkpoint import ByteRange, FileReader, IoMode, LocalStorage, Scratch
 from mmsplit.errors import IntegrityError, OutputError, OutputExistsError, RequestError
 from mmsplit.merging.lane import Lane
+from mmsplit.merging.set_consumer import Batch, SetConsumer, gone_partitions, require_merged
 from mmsplit.merging.span import Span, StoredTensor, iter_spans
-from mmsplit.sidecar.output_directory import OutputDirectory
+from mmsplit.sidecar.consumed_directory import ConsumedDirectory
+from mmsplit.sidecar.disk_forecast import DiskForecast
+from mmsplit.sidecar.output_directory import OutputDirectory, free_bytes
 from mmsplit.sidecar.output_files import output_errors, partial_path, write_whole_file
 from mmsplit.sidecar.partition_reader import OpenPartition, require_partition
 from mmsplit.sidecar.set_manifest import SetManifest, ShardEntry
@@ -31,15 +35,24 @@ _MOST_DECODERS: Final = 4
 
 
 class MergeResult(NamedTuple):
-    """What a merge made.  `kept` are shards that were there already with the right SHA-256."""
+    """What a merge made.  `kept` are shards that were there already with the right SHA-256.
+
+    Of a merge that consumed its set, `disk` is what it foretold, and `deleted` are the files of the set it deleted.
+    """
 
     path: Path
     shards: tuple[ShardEntry, ...]
     kept: tuple[str, ...]
     total_bytes: int
+    disk: DiskForecast | None = None
+    deleted: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
         """Return what `merge --json` shows."""
+        consumed: dict[str, object] = {}
+        if self.disk is not None:
+            consumed = {"extra_disk_bytes": self.disk.extra_bytes, "disk": self.disk.as_json()}
+            consumed["deleted"] = list(self.deleted)
         return {
             "path": str(self.path),
             "total_bytes": self.total_bytes,
@@ -52,6 +65,7 @@ class MergeResult(NamedTuple):
                 }
                 for shard in self.shards
             ],
+            **consumed,
         }
 
 
@@ -60,6 +74,8 @@ def merge(
     output: str | Path,
     *,
     resume: bool = False,
+    consume: bool = False,
+    announce: Callable[[DiskForecast], None] | None = None,
     threads: int | None = None,
     io: IoMode = "auto",
     progress: ProgressCallback | None = None,
@@ -67,7 +83,14 @@ def merge(
     """Write the original shards, weights index and small files of the set at `path` into `output`.
 
     A shard that is there already is refused; with `resume` it is kept if it has the right SHA-256, so that an
-    interrupted merge goes on where it was.  Raises `MissingPartitionError` if a partition is not there,
+    interrupted merge goes on where it was.
+
+    `consume=True` deletes each partition's payload as soon as every shard that has bytes of it is written, synced and
+    read back, and the manifests in the end; all partitions are hashed before the first is deleted, and `announce` is
+    told before how much more disk the merge takes.  Interrupted, set and output together hold everything, and
+    `resume=True` goes on.
+
+    Raises `MissingPartitionError` if a partition is not there,
     `IntegrityError` if a chunk or a finished shard is not what the split recorded.
     """
     root, only = resolve_set_path(Path(path))
@@ -75,35 +98,76 @@ def merge(
         raise RequestError("this is one partition; merging takes the whole set", path=path, hint=f"Give {root}.")
     if Path(output).resolve() == root.resolve():
         raise RequestError("output is the directory of the set", path=output, hint="Choose another directory.")
-    manifest = read_set_manifest(root)
-    for entry in manifest.partitions:
-        require_partition(root, entry.part_id)
-    partitions: list[OpenPartition] = []
-    try:
+    with ExitStack() as stack:
+        directory = stack.enter_context(ConsumedDirectory(root)) if consume else None
+        manifest = read_set_manifest(root, may_be_begun=True)
+        gone = gone_partitions(root, manifest) if resume else frozenset()
+        partitions: dict[int, OpenPartition] = {}
+        stack.callback(_close_all, partitions)
         for entry in manifest.partitions:
-            partitions.append(open_partition_of_set(root, manifest, entry.part_id, io))
-        pieces = _arrange_shards(partitions, manifest)
-        with OutputDirectory(Path(output)) as out:
-            kept = _keep_finished(out.path, manifest.shards, resume)
-            _require_no_other_index(out.path, manifest)
-            todo = [shard for shard in manifest.shards if shard.name not in kept]
-            partials = [path for path in (partial_path(out.path / shard.name) for shard in todo) if path.exists()]
-            there = sum(path.stat().st_size for path in partials)
-            out.require_space(sum(shard.size_bytes for shard in todo) - there, "the merged checkpoint")
-            # First what may be refused after a moment, last the index: with it the checkpoint is whole.
-            digests = {entry.name: entry.sha256 for entry in manifest.files}
-            files = read_small_files(LocalStorage(root), list(digests), digests)
-            require_free_names(out.path, files, None)
-            copy_small_files(LocalStorage(root), files, out.path)
-            _write_shards(out.path, todo, pieces, thread_count(threads), progress)
-            if manifest.weights_index is not None:
-                name, index = manifest.weights_index
-                if not (out.path / name).exists():
-                    write_whole_file(out.path / name, index.data(name))
-    finally:
-        for partition in partitions:
-            partition.close()
-    return MergeResult(Path(output), manifest.shards, tuple(kept), sum(shard.size_bytes for shard in manifest.shards))
+            if entry.part_id not in gone:
+                require_partition(root, entry.part_id)
+        for entry in manifest.partitions:
+            if entry.part_id not in gone:
+                partitions[entry.part_id] = open_partition_of_set(root, manifest, entry.part_id, io)
+        pieces = {} if gone else _arrange_shards(list(partitions.values()), manifest, manifest.shards)
+        consumer = None if directory is None else SetConsumer(directory, manifest, Path(output))
+        if consumer is not None:
+            consumer.require_consumable()
+        out = stack.enter_context(OutputDirectory(Path(output)))
+        kept = _keep_finished(out.path, manifest.shards, resume)
+        _require_no_other_index(out.path, manifest)
+        require_merged(root, manifest, gone, kept)
+        todo = [shard for shard in manifest.shards if shard.name not in kept]
+        if gone:
+            pieces = _arrange_shards(list(partitions.values()), manifest, todo)
+        there = {shard.name: _length_of(partial_path(out.path / shard.name)) for shard in todo}
+        disk = None
+        batches = [Batch(tuple(todo), ())] if consumer is None else consumer.batches(todo)
+        if consumer is None:
+            out.require_space(sum(shard.size_bytes for shard in todo) - sum(there.values()), "the merged checkpoint")
+        else:
+            beside = sum(entry.size_bytes + 4096 for entry in manifest.files)
+            beside += 0 if manifest.weights_index is None else manifest.weights_index[1].size_bytes
+            disk = consumer.foretell(batches, there, beside, free_bytes(out.path))
+            if announce is not None:
+                announce(disk)
+            consumer.require_space(disk)
+        # First what may be refused after a moment, last the index: with it the checkpoint is whole.
+        digests = {entry.name: entry.sha256 for entry in manifest.files}
+        files = read_small_files(LocalStorage(root), list(digests), digests)
+        require_free_names(out.path, files, None)
+        copy_small_files(LocalStorage(root), files, out.path)
+        counter = ProgressCounter("merge", sum(shard.size_bytes for shard in todo), progress)
+        if consumer is not None:
+            consumer.require_sound(thread_count(threads), lambda _: None)
+        for batch in batches:
+            _write_shards(out.path, batch.shards, pieces, thread_count(threads), counter)
+            if consumer is not None:
+                consumer.prove(batch.part_ids, thread_count(threads), _sha256_of)
+                for part_id in batch.part_ids:
+                    partitions.pop(part_id).close()
+                consumer.delete_payloads(batch.part_ids)
+        beside_shards = [out.path / entry.name for entry in files]
+        if manifest.weights_index is not None:
+            name, index = manifest.weights_index
+            beside_shards.append(out.path / name)
+            if not (out.path / name).exists():
+                write_whole_file(out.path / name, index.data(name))
+        if consumer is not None:
+            consumer.finish(beside_shards)
+    total_bytes = sum(shard.size_bytes for shard in manifest.shards)
+    deleted = () if consumer is None else consumer.deleted_now
+    return MergeResult(Path(output), manifest.shards, tuple(kept), total_bytes, disk, deleted)
+
+
+def _close_all(partitions: Mapping[int, OpenPartition]) -> None:
+    for partition in partitions.values():
+        partition.close()
+
+
+def _length_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _stored_by_shard(
@@ -129,13 +193,13 @@ def _stored_by_shard(
 
 
 def _arrange_shards(
-    partitions: Sequence[OpenPartition], manifest: SetManifest
+    partitions: Sequence[OpenPartition], manifest: SetManifest, shards: Sequence[ShardEntry]
 ) -> dict[str, list[KeptPiece | StoredTensor]]:
-    """Return each shard's pieces in file order; raises unless they cover every byte once."""
+    """Return the pieces of `shards` in file order; raises unless they cover every byte once."""
     stored = _stored_by_shard(partitions, manifest)
     return {
         shard.name: arrange_shard(stored[shard.name], shard.kept.data(shard.name), shard.size_bytes, shard.name)
-        for shard in manifest.shards
+        for shard in shards
     }
 
 
@@ -197,12 +261,11 @@ def _write_shards(
     shards: Sequence[ShardEntry],
     pieces: dict[str, list[KeptPiece | StoredTensor]],
     threads: int,
-    progress: ProgressCallback | None,
+    counter: ProgressCounter,
 ) -> None:
     if not shards:
         return
     writers = [ShardWriter(out, shard) for shard in shards]
-    counter = ProgressCounter("merge", sum(shard.size_bytes for shard in shards), progress)
     todo = JobStream(iter(writers))
 
     def iter_lane() -> Iterator[Span]:
