@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import consuming
 from checkpoints import CAUSAL_CONFIG, Weight, flip, llama_weights, tree, write_checkpoint
 from fault_layer import Crash, Fault, Layer
 
@@ -200,6 +201,28 @@ def _download(*, into_cache: bool) -> Act:
     return act
 
 
+def _given_model_to_consume(work: Work) -> None:
+    """A model of three shards whose output is its neighbour, and another copy, to compare with."""
+    weights = [*llama_weights(3), Weight("model.layers.0.mlp.down_proj.weight", "BF16", (160, 64), 200)]
+    files = {"config.json": CAUSAL_CONFIG}
+    for name in (consuming.MODEL, consuming.ORIGINAL):
+        write_checkpoint(work.out / name, [weights[:4], weights[4:8], weights[8:]], index=True, files=files)
+
+
+def _given_set_to_consume(work: Work) -> None:
+    _given_model_to_consume(work)
+    split(work.out / consuming.MODEL, work.out / consuming.SET, 3, threads=1)
+    shutil.rmtree(work.out / consuming.MODEL)
+
+
+def _consume_split(existing: str) -> Act:
+    return lambda work: consuming.consume_split(work.out, existing, direct=work.direct)
+
+
+def _consume_merge(*, resume: bool) -> Act:
+    return lambda work: consuming.consume_merge(work.out, resume=resume)
+
+
 SCENARIOS = (
     Scenario("split", _given_model, _split("refuse"), _split("resume"), _split("force"), _judge_set),
     Scenario("split --resume", _given_unfinished, _split("resume"), _split("resume"), _split("force"), _judge_set),
@@ -209,6 +232,14 @@ SCENARIOS = (
         _split("force", 3, (1,)), _judge_partition,
     ),
     Scenario("merge", _given_set, _merge(resume=False), _merge(resume=True), None, _judge_files),
+    Scenario(
+        "split --consume", _given_model_to_consume, _consume_split("refuse"), _consume_split("resume"),
+        _consume_split("force"), consuming.judge,
+    ),
+    Scenario(
+        "merge --consume", _given_set_to_consume, _consume_merge(resume=False), _consume_merge(resume=True), None,
+        consuming.judge,
+    ),
     Scenario("pull", _given_set, _pull(force=False), _pull(force=False), _pull(force=True), _judge_set),
     Scenario("pull --force over damage", _given_damaged, _pull(force=True), _pull(force=True), None, _judge_set),
     Scenario(
