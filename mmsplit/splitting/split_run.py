@@ -436,7 +436,8 @@ class SplitRun:
         readers: ShardReaders,
         free: int,
     ) -> None:
-        ratio = min(1.0, sample_ratio(missing, readers, self._options.codec) * _SPACE_MARGIN) if missing else 1.0
+        sampled = sample_ratio(missing, readers, self._options.codec, self._gone) if missing else 1.0
+        ratio = min(1.0, sampled * _SPACE_MARGIN)
         todo = []
         for run in missing:
             worst, there = run.largest_bytes(), run.writer.data_stop if run.writer.recovered_slots else 0

@@ -202,11 +202,16 @@ def _download(*, into_cache: bool) -> Act:
 
 
 def _given_model_to_consume(work: Work) -> None:
-    """A model of three shards whose output is its neighbour, and another copy, to compare with."""
-    weights = [*llama_weights(3), Weight("model.layers.0.mlp.down_proj.weight", "BF16", (160, 64), 200)]
-    files = {"config.json": CAUSAL_CONFIG}
+    """A model of four shards whose output is its neighbour, and another copy, to compare with.
+
+    With three partitions, shards go after the first and the second, too; the head's copy of the embedding is in the
+    last, and does not keep the first shard.
+    """
+    first, norm, *blocks = llama_weights(4)
+    big = Weight("model.layers.2.mlp.down_proj.weight", "BF16", (160, 64), 200)
+    shards = [[first, *blocks[:3]], blocks[3:6], [*blocks[6:9], big], [*blocks[9:], norm]]
     for name in (consuming.MODEL, consuming.ORIGINAL):
-        write_checkpoint(work.out / name, [weights[:4], weights[4:8], weights[8:]], index=True, files=files)
+        write_checkpoint(work.out / name, shards, index=True, files={"config.json": CAUSAL_CONFIG})
 
 
 def _given_set_to_consume(work: Work) -> None:
