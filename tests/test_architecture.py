@@ -162,6 +162,7 @@ HOUSE = {
         "render",
         "node_options",
         "scrub_options",
+        "consume_option",
         "inspect_command",
         "plan_command",
         "download_command",
