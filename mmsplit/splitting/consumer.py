@@ -111,12 +111,12 @@ class Consumer:
 
                 def check(item: StoredShard) -> None:
                     name = item.shard.name
-                    found = hasher.sha256(item, add)
-                    if found is None or f"sha256:{found}" != digests[name]:
+                    expected, found = digests[name], hasher.sha256(item, add)
+                    if found is None or f"sha256:{found}" != expected:
                         with self._lock:
                             if not any(self.is_only_copy(part_id) for part_id in item.part_ids):
                                 distrust(name)
-                        raise _not_proven(item, digests[name], found)
+                        raise _not_proven(item, expected, found)
 
                 return check
 
