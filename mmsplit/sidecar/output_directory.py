@@ -95,6 +95,9 @@ class OutputDirectory:
             return "nothing"
         state = self._read_state()
         if state is not None:
+            if state.get(DELETED_KEY):
+                # To start again is no way out: partitions of an older encoder and of this one make a sound set, too.
+                identity = {key: value for key, value in identity.items() if key != "encoder"}
             self._require_same(state, identity, existing, "an unfinished split")
             self.small_files = self._recorded_small_files()
             if part_ids is not None:
