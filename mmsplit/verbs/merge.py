@@ -100,6 +100,8 @@ def merge(
         raise RequestError("output is the directory of the set", path=output, hint="Choose another directory.")
     with ExitStack() as stack:
         directory = stack.enter_context(ConsumedDirectory(root)) if consume else None
+        if consume:  # nor may anybody write there meanwhile
+            stack.enter_context(OutputDirectory(root))
         manifest = read_set_manifest(root, may_be_begun=True)
         gone = gone_partitions(root, manifest) if resume else frozenset()
         partitions: dict[int, OpenPartition] = {}

@@ -83,7 +83,8 @@ def split(
         if consume:
             directory = _consumable_directory(source, hub, only, source_sha256)
             consumed = stack.enter_context(ConsumedDirectory(directory))
-            record = read_consumed(Path(output)) if existing == "resume" else None
+        if consume and existing != "force":
+            record = read_consumed(Path(output))
         else:
             require_not_consumed(Path(output))
         if not isinstance(source, Checkpoint) and hub_address_of(source, hub) is not None:

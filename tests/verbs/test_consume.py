@@ -30,6 +30,7 @@ from mmsplit.errors import (
 from mmsplit.sidecar.consumed_directory import ConsumedDirectory
 from mmsplit.sidecar.disk_forecast import DiskForecast
 from mmsplit.sidecar.layout import Slot
+from mmsplit.sidecar.output_directory import OutputDirectory
 from mmsplit.sidecar.slot_encoder import EncodedSlot, SlotEncoder
 from mmsplit.splitting import consumer as consumer_module
 from mmsplit.splitting import split_run
@@ -114,7 +115,9 @@ def test_half_way_nothing_passes_for_whole_and_resume_finishes(
     for arguments in ({}, {"existing": "resume"}, {"existing": "force"}):
         with pytest.raises(OutputExistsError, match="--consume --resume"):
             split(model, out, 3, **arguments)  # type: ignore[arg-type]
-    with pytest.raises((OutputExistsError, MissingShardError)):
+    with pytest.raises(OutputExistsError, match="Use --resume to go on"):
+        split(model, out, 3, consume=True)
+    with pytest.raises(OutputExistsError, match="--consume --resume"):
         split(model, out, 3, existing="force", consume=True)
     result = split(model, out, 3, existing="resume", consume=True)
     assert result.deleted == (SHARD.format(3), SHARD.format(4))
@@ -131,7 +134,7 @@ def test_no_other_command_replaces_the_only_copy(tmp_path: Path, model: Path, mo
         if damage is not None:
             damage()
         before = tree(out)
-        with pytest.raises(OutputExistsError, match="only copy"):
+        with pytest.raises(OutputExistsError, match="only copy|deletes its source"):
             split(other, out, 2, existing="force", consume=True)
         assert tree(out) == before
 
@@ -307,6 +310,11 @@ def test_two_runs_do_not_consume_one_source(tmp_path: Path, model: Path) -> None
     """Each would be left with half."""
     with ConsumedDirectory(model), pytest.raises(OutputLockedError):
         split(model, tmp_path / "set", 3, consume=True)
+    split(model, tmp_path / "set", 3)
+    with OutputDirectory(tmp_path / "set"), pytest.raises(OutputLockedError):
+        merge(tmp_path / "set", tmp_path / "merged", consume=True)
+    with ConsumedDirectory(tmp_path / "set"), pytest.raises(OutputLockedError):
+        merge(tmp_path / "set", tmp_path / "merged", consume=True)
 
 
 def test_refused_for_want_of_space_before_anything_is_written(
