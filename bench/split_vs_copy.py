@@ -40,7 +40,7 @@ def bench(work: Work) -> Result:
     question = "Is a split as fast as a copy?"
     result = Result("split_vs_copy", question, f"{checkpoint.name}: one shard of {moved:,} bytes, BF16, cached")
     result.notes += [
-        "mmsplit also computes the SHA-256 of the source and xxh3 of every chunk; the peers do not.",
+        "mmsplit also computes the SHA-256 of the source, xxh3 and BLAKE3 of every chunk; the peers do not.",
         "'default' writes the tied embedding into both partitions (--tied duplicate), 'same bytes' writes it once"
         " (--tied reference), as the peers do.",
     ]

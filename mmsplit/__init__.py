@@ -3,7 +3,9 @@
     plan(source, num_parts)              who would get what, from headers alone
     split(source, output, num_parts)     stream it into partition_K.json + partition_K.bin
     verify(path)                         find every byte that is not as it was written
+    sign(path, private_key)              vouch for a set with a key
     merge(path, output)                  the original shards again, byte for byte
+    export(source, output)               safetensors for any loader, or JSON; load_partition_json(path) reads that
     repair(path, source)                 what is damaged made again, from the checkpoint or another copy
     open_partition(path)                 a mapping of tensor names to numpy arrays
     open_set(path), open_checkpoint(path), inspect(path)
@@ -49,12 +51,15 @@ if TYPE_CHECKING:
         SourceChangedError,
         TorchFileError,
     )
+    from mmsplit.exporting.parameters_json import ExportedLayer, ExportedPartition
+    from mmsplit.exporting.parameters_reader import load_partition_json
     from mmsplit.hub_model import HubModel
     from mmsplit.layers import Layer, LayerMap, build_layer_map
     from mmsplit.planning import Plan
     from mmsplit.remote.source import HubOptions, open_source
     from mmsplit.sidecar.scrub_run import Scrub
     from mmsplit.verbs.download import DownloadResult, download
+    from mmsplit.verbs.export import ExportResult, export
     from mmsplit.verbs.inspect import inspect
     from mmsplit.verbs.load import Partition, PartitionSet, open_partition, open_set
     from mmsplit.verbs.merge import MergeResult, merge
@@ -62,6 +67,7 @@ if TYPE_CHECKING:
     from mmsplit.verbs.pull import PullResult, pull
     from mmsplit.verbs.push import PushResult, push
     from mmsplit.verbs.repair import RepairResult, repair
+    from mmsplit.verbs.sign import SignResult, sign
     from mmsplit.verbs.split import SplitResult, split
     from mmsplit.verbs.verify import VerifyResult, verify
     from mmsplit.workers import Progress
@@ -95,12 +101,15 @@ _HOMES = {
         "SourceChangedError",
         "TorchFileError",
     ),
+    "mmsplit.exporting.parameters_json": ("ExportedLayer", "ExportedPartition"),
+    "mmsplit.exporting.parameters_reader": ("load_partition_json",),
     "mmsplit.hub_model": ("HubModel",),
     "mmsplit.layers": ("Layer", "LayerMap", "build_layer_map"),
     "mmsplit.planning": ("Plan",),
     "mmsplit.remote.source": ("HubOptions", "open_source"),
     "mmsplit.sidecar.scrub_run": ("Scrub",),
     "mmsplit.verbs.download": ("DownloadResult", "download"),
+    "mmsplit.verbs.export": ("ExportResult", "export"),
     "mmsplit.verbs.inspect": ("inspect",),
     "mmsplit.verbs.load": ("Partition", "PartitionSet", "open_partition", "open_set"),
     "mmsplit.verbs.merge": ("MergeResult", "merge"),
@@ -108,6 +117,7 @@ _HOMES = {
     "mmsplit.verbs.pull": ("PullResult", "pull"),
     "mmsplit.verbs.push": ("PushResult", "push"),
     "mmsplit.verbs.repair": ("RepairResult", "repair"),
+    "mmsplit.verbs.sign": ("SignResult", "sign"),
     "mmsplit.verbs.split": ("SplitResult", "split"),
     "mmsplit.verbs.verify": ("VerifyResult", "verify"),
     "mmsplit.workers": ("Progress",),

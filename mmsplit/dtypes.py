@@ -6,7 +6,10 @@ Nothing outside this table may depend on a dtype's name; a name that is missing 
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class DType(NamedTuple):
@@ -52,3 +55,20 @@ DTYPES: Final[dict[str, DType]] = {
         DType("U64", 64, "uint64", 8),
     )
 }
+
+
+def numpy_dtype(name: str) -> np.dtype[Any] | None:
+    """Return what numpy, or ml_dtypes, has for a dtype; None for one that is not known or smaller than a byte."""
+    import numpy as np
+
+    known = DTYPES.get(name)
+    if known is None or known.numpy_name is None:
+        return None
+    if known.numpy_name == "bool":
+        return np.dtype(np.bool_)  # numpy 1 has no `np.bool`
+    if not hasattr(np, known.numpy_name):
+        import ml_dtypes
+
+        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, known.numpy_name))
+        return found
+    return np.dtype(known.numpy_name)

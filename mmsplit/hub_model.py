@@ -1,4 +1,4 @@
-"""`HubModel`: one model of the Hub at one commit, to download, plan and split, also from within an event loop.
+"""`HubModel`: one model of the Hub at one commit, to download, plan, split and export, also from within an event loop.
 
 Each method makes one call of the verb of its name.  The first that needs the network finds out which commit the
 revision stands for, and from then on all speak of that commit, whatever is pushed meanwhile.
@@ -21,7 +21,8 @@ from typing import TypeVar
 
 from mmsplit.codec import CodecName
 from mmsplit.errors import OfflineError, RequestError
-from mmsplit.planning import By, Plan, TiedMode
+from mmsplit.exporting.weight_files import DEFAULT_SHARD_BYTES
+from mmsplit.planning import By, Plan, Rule, SplitBy, TiedMode
 from mmsplit.remote.address import HubAddress, parse_hub_address
 from mmsplit.remote.hub_cache import HubCache
 from mmsplit.remote.remote_file import DEFAULT_CONNECTIONS
@@ -29,6 +30,7 @@ from mmsplit.remote.repository import HubRepository, cached_snapshot, hub_endpoi
 from mmsplit.remote.source import HubOptions
 from mmsplit.sidecar.output_directory import Existing
 from mmsplit.verbs.download import DownloadResult, download
+from mmsplit.verbs.export import DEFAULT_JSON_BYTES, ExportResult, To, export
 from mmsplit.verbs.plan import plan
 from mmsplit.verbs.split import SplitResult, split
 from mmsplit.workers import Progress, ProgressCallback
@@ -126,6 +128,8 @@ class HubModel:
         weights: Sequence[float | str] | None = None,
         boundaries: Sequence[str] | None = None,
         tied: TiedMode = "duplicate",
+        split_by: SplitBy = "layer",
+        rule: Rule | None = None,
         connections: int = DEFAULT_CONNECTIONS,
     ) -> Plan:
         """Plan the partitions from headers alone; no weight is fetched.  See `mmsplit.plan`."""
@@ -136,6 +140,8 @@ class HubModel:
             weights=weights,
             boundaries=boundaries,
             tied=tied,
+            split_by=split_by,
+            rule=rule,
             hub=self.hub_options(connections=connections),
         )
 
@@ -148,6 +154,8 @@ class HubModel:
         weights: Sequence[float | str] | None = None,
         boundaries: Sequence[str] | None = None,
         tied: TiedMode = "duplicate",
+        split_by: SplitBy = "layer",
+        rule: Rule | None = None,
         only: Collection[int] | None = None,
         codec: CodecName = "planes",
         threads: int | None = None,
@@ -169,11 +177,62 @@ class HubModel:
             weights=weights,
             boundaries=boundaries,
             tied=tied,
+            split_by=split_by,
+            rule=rule,
             only=only,
             codec=codec,
             threads=threads,
             existing=existing,
             source_sha256=source_sha256,
+            hub=self.hub_options(connections=connections, keep_source=keep_source),
+            progress=progress,
+        )
+        if keep_source:
+            self._name_in_cache()
+        return result
+
+    def export(
+        self,
+        output: str | Path,
+        num_parts: int | None = None,
+        *,
+        part_ids: Collection[int] | None = None,
+        to: To = "safetensors",
+        by: By = "bytes",
+        weights: Sequence[float | str] | None = None,
+        boundaries: Sequence[str] | None = None,
+        tied: TiedMode = "duplicate",
+        split_by: SplitBy = "layer",
+        rule: Rule | None = None,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        max_bytes: int | None = DEFAULT_JSON_BYTES,
+        existing: Existing = "refuse",
+        threads: int | None = None,
+        keep_source: bool = False,
+        connections: int = DEFAULT_CONNECTIONS,
+        progress: ProgressCallback | None = None,
+    ) -> ExportResult:
+        """Write partitions, or the whole model, for other programs while it is downloaded; see `mmsplit.export`.
+
+        With `keep_source` its shards are downloaded to the cache on the way, compared with their published SHA-256, and
+        kept; ranges alone cannot be.
+        """
+        result = export(
+            self._source,
+            output,
+            num_parts,
+            part_ids=part_ids,
+            to=to,
+            by=by,
+            weights=weights,
+            boundaries=boundaries,
+            tied=tied,
+            split_by=split_by,
+            rule=rule,
+            max_shard_bytes=max_shard_bytes,
+            max_bytes=max_bytes,
+            existing=existing,
+            threads=threads,
             hub=self.hub_options(connections=connections, keep_source=keep_source),
             progress=progress,
         )
@@ -217,6 +276,8 @@ class HubModel:
         weights: Sequence[float | str] | None = None,
         boundaries: Sequence[str] | None = None,
         tied: TiedMode = "duplicate",
+        split_by: SplitBy = "layer",
+        rule: Rule | None = None,
         connections: int = DEFAULT_CONNECTIONS,
     ) -> Plan:
         """Do what `plan` does without blocking the loop.
@@ -224,7 +285,15 @@ class HubModel:
         Cancelled, it ends at once, since nothing is written; requests that are under way end by themselves.
         """
         return await asyncio.to_thread(
-            self.plan, num_parts, by=by, weights=weights, boundaries=boundaries, tied=tied, connections=connections
+            self.plan,
+            num_parts,
+            by=by,
+            weights=weights,
+            boundaries=boundaries,
+            tied=tied,
+            split_by=split_by,
+            rule=rule,
+            connections=connections,
         )
 
     async def split_async(
@@ -236,6 +305,8 @@ class HubModel:
         weights: Sequence[float | str] | None = None,
         boundaries: Sequence[str] | None = None,
         tied: TiedMode = "duplicate",
+        split_by: SplitBy = "layer",
+        rule: Rule | None = None,
         only: Collection[int] | None = None,
         codec: CodecName = "planes",
         threads: int | None = None,
@@ -257,11 +328,61 @@ class HubModel:
                 weights=weights,
                 boundaries=boundaries,
                 tied=tied,
+                split_by=split_by,
+                rule=rule,
                 only=only,
                 codec=codec,
                 threads=threads,
                 existing=existing,
                 source_sha256=source_sha256,
+                keep_source=keep_source,
+                connections=connections,
+                progress=report,
+            ),
+            progress,
+        )
+
+    async def export_async(
+        self,
+        output: str | Path,
+        num_parts: int | None = None,
+        *,
+        part_ids: Collection[int] | None = None,
+        to: To = "safetensors",
+        by: By = "bytes",
+        weights: Sequence[float | str] | None = None,
+        boundaries: Sequence[str] | None = None,
+        tied: TiedMode = "duplicate",
+        split_by: SplitBy = "layer",
+        rule: Rule | None = None,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        max_bytes: int | None = DEFAULT_JSON_BYTES,
+        existing: Existing = "refuse",
+        threads: int | None = None,
+        keep_source: bool = False,
+        connections: int = DEFAULT_CONNECTIONS,
+        progress: ProgressCallback | None = None,
+    ) -> ExportResult:
+        """Do what `export` does without blocking the loop; `progress` is called from other threads.
+
+        Cancelled, it ends when the export has stopped; with `existing="resume"` the same call goes on.
+        """
+        return await _run_in_thread(
+            lambda report: self.export(
+                output,
+                num_parts,
+                part_ids=part_ids,
+                to=to,
+                by=by,
+                weights=weights,
+                boundaries=boundaries,
+                tied=tied,
+                split_by=split_by,
+                rule=rule,
+                max_shard_bytes=max_shard_bytes,
+                max_bytes=max_bytes,
+                existing=existing,
+                threads=threads,
                 keep_source=keep_source,
                 connections=connections,
                 progress=report,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -14,20 +16,58 @@ import pytest
 
 import mmsplit
 from mmsplit import errors
+from mmsplit.checkpoint.header_writer import format_header
 from mmsplit.cli.app import app
 from mmsplit.synthetic import write_synthetic_checkpoint
 
 ROOT = Path(__file__).parent.parent
-SHOWING_COMMANDS = ("README.md", "docs/usage.md", "docs/larger-than-disk.md", "docs/repair.md", "docs/consume.md")
+SHOWING_COMMANDS = (
+    "README.md",
+    "docs/usage.md",
+    "docs/larger-than-disk.md",
+    "docs/other-cuts.md",
+    "docs/repair.md",
+    "docs/security.md",
+    "docs/export.md",
+    "docs/consume.md",
+)
+#: Signatures need the extra `sign`.
+CAN_SIGN = importlib.util.find_spec("model_signing") is not None
 DOCUMENTS = (*SHOWING_COMMANDS, "docs/python.md", "docs/architecture.md", "docs/errors.md", "docs/reliability.md")
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a checkpoint of the name that the documents use."""
+    """A directory with a checkpoint of the name that the documents use, and keys where signing is possible."""
     directory = tmp_path_factory.mktemp("docs")
     write_synthetic_checkpoint(directory / "Llama-3.2-1B")
+    _write_mixture(directory / "Mixture-8x8")
+    if CAN_SIGN:
+        from cryptography.hazmat.primitives import serialization as to
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        key = ec.generate_private_key(ec.SECP256R1())
+        private = key.private_bytes(to.Encoding.PEM, to.PrivateFormat.PKCS8, to.NoEncryption())
+        public = key.public_key().public_bytes(to.Encoding.PEM, to.PublicFormat.SubjectPublicKeyInfo)
+        (directory / "signer.pem").write_bytes(private)
+        (directory / "signer.pub").write_bytes(public)
     return directory
+
+
+def _write_mixture(directory: Path) -> None:
+    """Write a small mixture of eight experts, packed, with a tied head."""
+    shapes = {"model.embed_tokens.weight": [2000, 64], "model.norm.weight": [64]}
+    for k in range(8):
+        at = f"model.layers.{k}"
+        shapes |= {f"{at}.input_layernorm.weight": [64], f"{at}.self_attn.q_proj.weight": [64, 64]}
+        shapes |= {f"{at}.mlp.gate.weight": [8, 64], f"{at}.mlp.experts.gate_up_proj": [8, 64, 256]}
+        shapes[f"{at}.mlp.experts.down_proj"] = [8, 128, 64]
+    header = format_header((name, "U8", shape, math.prod(shape)) for name, shape in shapes.items())
+    directory.mkdir()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(map(math.prod, shapes.values())))
+    (directory / "config.json").write_text('{"architectures": ["MoeForCausalLM"], "num_local_experts": 8}')
 
 
 @pytest.fixture(scope="module")
@@ -55,27 +95,39 @@ def _commands(document: str) -> list[str]:
     return re.findall(r"^ *\$ ((?:mmsplit|rm|dd) .*)$", "\n".join(blocks), re.MULTILINE)
 
 
+def _furnish(place: Path, workplace: Path, document: str) -> None:
+    """Make a directory with the models and keys, and the TOML files that the document shows with their names."""
+    place.mkdir()
+    for name in ("Llama-3.2-1B", "Mixture-8x8", "signer.pem", "signer.pub"):
+        (place / name).symlink_to(workplace / name)
+    for name, text in re.findall(r"```toml\n# (\w+\.toml)\n(.*?)```", (ROOT / document).read_text(), re.DOTALL):
+        (place / name).write_text(text)
+
+
 @pytest.mark.parametrize("document", SHOWING_COMMANDS)
 def test_every_command_shown_runs(document: str, workplace: Path, environment: dict[str, str]) -> None:
-    """The commands of a document, run one after the other, all succeed."""
+    """The commands of a document, run one after the other, all succeed; with the root digest of what they split."""
     place = workplace / document.replace("/", "-")
-    place.mkdir()
-    (place / "Llama-3.2-1B").symlink_to(workplace / "Llama-3.2-1B")
+    _furnish(place, workplace, document)
+    root = ""
     commands = _commands(document)
     assert commands
     for command in commands:
-        words = command.split()
+        if "signer.p" in command and not CAN_SIGN:
+            continue
+        words = re.sub(r"sha256:[0-9a-f]{64}", root, command).split()
         words = [sys.executable, "-m", *words] if words[0] == "mmsplit" else words
         result = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, f"{command}\n{result.stderr}"
+        found = re.search(r"root digest (sha256:[0-9a-f]{64})", result.stdout)
+        root = found[1] if found else root
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/python.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/python.md", "docs/other-cuts.md"])
 def test_python_examples_run(document: str, workplace: Path, environment: dict[str, str]) -> None:
     """The Python blocks of a document, run as one program, end without an error."""
     place = workplace / f"python-{document.replace('/', '-')}"
-    place.mkdir()
-    (place / "Llama-3.2-1B").symlink_to(workplace / "Llama-3.2-1B")
+    _furnish(place, workplace, document)
     program = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL))
     words = [sys.executable, "-W", "error", "-c", program]
     result = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)

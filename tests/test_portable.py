@@ -69,6 +69,10 @@ def test_everything_works_and_gives_the_same_bytes(
     assert mmsplit.verify(tmp_path / "portable", level="full", against=checkpoint).ok
     mmsplit.merge(tmp_path / "portable", tmp_path / "merged")
     assert _files(tmp_path / "merged") == _files(checkpoint)
+    mmsplit.export(tmp_path / "portable", tmp_path / "exported", max_shard_bytes=9_000_000)
+    assert set(mmsplit.open_checkpoint(tmp_path / "exported").tensors) == set(
+        mmsplit.open_checkpoint(checkpoint).tensors
+    )
     with mmsplit.open_set(tmp_path / "portable") as loaded:
         assert loaded["model.norm.weight"].tolist() == [1.0] * 7
     assert result.root_digest

@@ -17,6 +17,7 @@ from mmsplit.checkpoint.tensor import (
     TensorInfo,
     TensorRows,
     TensorView,
+    slice_rows,
 )
 
 __all__ = [
@@ -49,4 +50,5 @@ __all__ = [
     "open_checkpoint",
     "open_kept_checkpoint",
     "read_checkpoint",
+    "slice_rows",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -55,6 +56,7 @@ class Checkpoint:
         notes: tuple[str, ...],
         views: dict[str, TensorView] | None = None,
     ) -> None:
+        self._files = files
         self.storage = files.storage
         self.shards = shards
         self.tensors = tensors
@@ -80,6 +82,10 @@ class Checkpoint:
     def location_of(self, name: str) -> str:
         """Where one of its files is, as a person would name it."""
         return self.storage.location_of(name)
+
+    def folded(self, tensors: dict[str, TensorInfo], views: dict[str, TensorView], notes: Iterable[str]) -> Checkpoint:
+        """Return the same checkpoint with other records of what lies where, and more notes."""
+        return Checkpoint(self._files, self.shards, tensors, self.config, (*self.notes, *notes), views)
 
     def open_shard(self, name: str, io: IoMode = "auto") -> RangeReader:
         """Open a shard for reading; raises `SourceChangedError` if it is not the file whose header was read."""
@@ -142,7 +148,7 @@ def read_checkpoint(files: CheckpointFiles, *, allow_unknown_dtypes: bool = Fals
         tensors.update((tensor.name, tensor) for tensor in layout.tensors)
         views.update((view.name, view) for view in layout.views)
     # Beside a file that describes its model, a config.json is often only what a download counter wants.
-    config, config_notes = (own_config, ()) if own_config else _read_config(files.storage)
+    config, config_notes = (own_config, ()) if own_config else read_config(files.storage)
     notes += (*config_notes, *_compare_with_index(files, home))
     return Checkpoint(files, tuple(shards), tensors, config, tuple(notes), views)
 
@@ -197,8 +203,8 @@ def _compare_with_index(files: CheckpointFiles, home: dict[str, str]) -> tuple[s
     )
 
 
-def _read_config(storage: Storage) -> tuple[dict[str, object] | None, tuple[str, ...]]:
-    """config.json only cross-checks, so a broken one is a note and not an error."""
+def read_config(storage: Storage) -> tuple[dict[str, object] | None, tuple[str, ...]]:
+    """Return config.json and notes.  It only cross-checks, so a broken one is a note and not an error."""
     size = storage.file_bytes(CONFIG_NAME)
     if size is None:
         return None, ()

@@ -203,7 +203,7 @@ def _read_index(storage: Storage, name: str, form: WeightForm) -> tuple[bytes, d
 
 
 def _without_index(storage: Storage, shards: list[str], notes: list[str], *, deep: bool = True) -> CheckpointFiles:
-    small, notes_on_small = _small_files(storage, shards, notes, deep=deep)
+    small, notes_on_small = find_small_files(storage, shards, notes, deep=deep)
     return CheckpointFiles(storage, tuple(shards), None, b"", None, small, notes_on_small)
 
 
@@ -224,7 +224,7 @@ def _from_index(storage: Storage, index_name: str, form: WeightForm) -> Checkpoi
     notes = _note_left([name for name in left if family_of(name) != family], f"beside {family!r}")
     if stray:
         notes.append(f"{len(stray)} file(s) named like shards are not in {index_name}: {', '.join(stray[:3])}")
-    small, notes_on_small = _small_files(storage, shards, notes, index_name=index_name)
+    small, notes_on_small = find_small_files(storage, shards, notes, index_name=index_name)
     return CheckpointFiles(storage, tuple(shards), index_name, data, weight_map, small, notes_on_small)
 
 
@@ -247,18 +247,23 @@ def _require_numbered_siblings(storage: Storage, members: list[str]) -> None:
                 )
 
 
-def _small_files(
-    storage: Storage, shards: Sequence[str], notes: list[str], *, index_name: str | None = None, deep: bool = True
+def find_small_files(
+    storage: Storage,
+    shards: Sequence[str] = (),
+    found: Sequence[str] = (),
+    *,
+    index_name: str | None = None,
+    deep: bool = True,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names, relative with `/`, of the files that make the model usable, and notes on what is left behind.
+    """Return names, relative with `/`, of the files that make the model usable, and notes on what is left behind.
 
-    Not `deep`, subfolders are left out: a shard named alone may lie in any folder, say a home directory.  `taken` are
-    the names of shards and index.
+    Not `deep`, subfolders are left out: a shard named alone may lie in any folder, say a home directory.  `shards` and
+    `index_name` are taken already; the notes begin with those `found` before.
     """
-    notes = list(notes)
+    notes = list(found)
     names: list[str] = []
     seen = _TakenNames([*shards, *([] if index_name is None else [index_name])])
-    for relative, size in _walk(storage, {*shards, index_name}, form_of(shards[0]), deep, notes):
+    for relative, size in _walk(storage, {*shards, index_name}, form_of(shards[0]) if shards else None, deep, notes):
         if not all(is_plain_name(part) for part in relative.split("/")):
             # A partition set could not record it: its readers refuse such names.
             notes.append(f"{relative!r} is not carried along: its name is not plain printable text without \\ and :")

@@ -33,6 +33,7 @@ from typing import Final, Literal, NamedTuple
 
 from mmsplit.checkpoint.file_system import is_network_file_system
 from mmsplit.errors import CheckpointError, MmsplitError, RequestError, SourceChangedError
+from mmsplit.regular_files import require_regular
 
 #: How ranges are read.  auto: mapped under a lease that binds everybody, else read.  mmap: mapped, under a lease where
 #: one can be had; without one, a truncation in the moment in which a range is used ends the process.  pread: read.
@@ -118,6 +119,7 @@ class FileReader:
     ) -> None:
         self.path = path
         self._changed_error = changed_error
+        require_regular(path)
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
         try:
             self.fingerprint = _fingerprint(os.fstat(self._fd))

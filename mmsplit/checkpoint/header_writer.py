@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from mmsplit.checkpoint.header import LENGTH_BYTES
 
 
-def format_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+def format_header(
+    tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """Return length field and header for tensors (name, dtype, shape, size in bytes) that lie in this order.
+
+    `metadata` goes into `__metadata__` beside the format, which loaders ask for.
 
     Padded with spaces so that the data starts on a multiple of 8 bytes, as the reference implementation does.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {**(metadata or {}), "format": "pt"}}
     position = 0
     for name, dtype, shape, size_bytes in tensors:
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size_bytes]}

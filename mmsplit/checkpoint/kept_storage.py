@@ -32,11 +32,15 @@ class KeptShard(NamedTuple):
 
 
 class KeptSource(NamedTuple):
-    """What is recorded of a checkpoint, so that it can be planned again when shards are gone."""
+    """What is recorded of a checkpoint, so that it can be planned again when shards are gone.
+
+    `same_as` has, by name, the tensor whose bytes another one repeats: to find out, the bytes would be needed.
+    """
 
     shards: tuple[KeptShard, ...]
     weights_index: tuple[str, bytes] | None
     small_files: tuple[str, ...]
+    same_as: Mapping[str, str]
 
 
 def open_kept_checkpoint(path: Path, kept: KeptSource, *, allow_unknown_dtypes: bool = False) -> Checkpoint:

@@ -13,6 +13,7 @@ from mmsplit.checkpoint.reader_pool import ReaderPool
 from mmsplit.checkpoint.storage import Identity
 from mmsplit.checkpoint.weight_files import form_of
 from mmsplit.errors import CheckpointError
+from mmsplit.regular_files import read_regular
 
 _SHA256_HEX: Final = re.compile(r"^[0-9a-f]{64}$", re.ASCII)
 #: What makes a folder somebody's partition set, finished or not, rather than part of the model.
@@ -20,7 +21,11 @@ _OUTPUT_MARK: Final = re.compile(r"^(partition_(\d+|set)|unfinished_(split|merge
 
 
 class LocalStorage:
-    """The files below `directory`.  Links are followed: a snapshot of the Hub's cache consists of them."""
+    """The files below `directory`.  Links are followed: a snapshot of the Hub's cache consists of them.
+
+    But not a small file's to anywhere: whoever made the directory could have put a link to a private key there, which
+    would be carried along, and published.  It must truly lie below the directory, or where weights of it truly lie.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -54,16 +59,19 @@ class LocalStorage:
 
     def names(self) -> list[str]:
         """Sorted names of the files right inside; raises `OSError`."""
-        return sorted(
-            entry.name for entry in os.scandir(self.directory) if _is_file(entry) and not entry.name.startswith(".")
-        )
+        with os.scandir(self.directory) as entries:
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_file(entry))
 
     def walk(self, deep: bool, notes: list[str]) -> Iterator[tuple[str, int | None]]:
-        """Yield name and length of every file; other people's partition sets are left out."""
+        """Yield name and length of every file; other people's partition sets are left out.
+
+        Of what is no regular file, or a link that leads elsewhere, the length is None.
+        """
 
         def unreadable(error: OSError) -> None:
             notes.append(f"{error.filename} is not carried along: {error.strerror}")
 
+        homes = self._homes()
         for directory, folders, files in os.walk(self.directory, onerror=unreadable):
             folders[:] = sorted(
                 name for name in folders if deep and not name.startswith(".") and not _is_output(Path(directory, name))
@@ -71,8 +79,12 @@ class LocalStorage:
             prefix = Path(directory).relative_to(self.directory)
             for name in sorted(files):
                 if not name.startswith("."):
-                    path = Path(directory, name)
-                    yield (prefix / name).as_posix(), path.stat().st_size if path.is_file() else None
+                    path, relative = Path(directory, name), (prefix / name).as_posix()
+                    is_file = path.is_file()
+                    if is_file and form_of(name) is None and not _lies_in(path, homes):
+                        notes.append(f"{relative} is not carried along: it is a link that leads out of the checkpoint")
+                        is_file = False
+                    yield relative, path.stat().st_size if is_file else None
 
     def file_bytes(self, name: str) -> int | None:
         """Length of a regular file, or None; raises `OSError` if it cannot be looked at."""
@@ -83,7 +95,7 @@ class LocalStorage:
         """Read a small file."""
         path = self.directory / name
         try:
-            return path.read_bytes()
+            return read_regular(path)
         except OSError as error:
             raise CheckpointError(f"cannot read a file of the model: {error.strerror}", path=path) from error
 
@@ -121,6 +133,12 @@ class LocalStorage:
         blob = (self.directory / name).resolve()
         return blob.name if blob.parent.name == "blobs" and _SHA256_HEX.match(blob.name) else None
 
+    def _homes(self) -> frozenset[str]:
+        """The true folders of the weights right inside, and of the directory itself."""
+        weights = [self.directory / name for name in self.names() if form_of(name) is not None]
+        folders = [str(Path(os.path.realpath(path)).parent) for path in weights]
+        return frozenset((os.path.realpath(self.directory), *folders))
+
     def _open(self, name: str, io: IoMode) -> FileReader:
         path = self.directory / name
         try:
@@ -131,7 +149,17 @@ class LocalStorage:
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
     """Whether it is a file, or a shard that a link promises: a Hub cache that lost a blob has such links."""
-    return entry.is_file() or (entry.is_symlink() and form_of(entry.name) is not None and not entry.is_dir())
+    try:
+        if entry.is_file() or entry.is_dir():
+            return entry.is_file()
+    except OSError:
+        pass  # a link that leads to itself
+    return entry.is_symlink() and form_of(entry.name) is not None
+
+
+def _lies_in(path: Path, homes: frozenset[str]) -> bool:
+    """Whether a file truly lies in one of these folders, or below it."""
+    return any(str(folder) in homes for folder in Path(os.path.realpath(path)).parents)
 
 
 def _is_output(folder: Path) -> bool:

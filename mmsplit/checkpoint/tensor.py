@@ -56,6 +56,27 @@ class TensorInfo(NamedTuple):
         return self.stop_offset - self.start_offset
 
 
+def slice_rows(tensor: TensorInfo, start: int, stop: int) -> TensorInfo:
+    """Return rows [`start`, `stop`) of a whole tensor with at least one row: it lies row by row, so they are one range.
+
+    Its other places hold the same bytes, and so the same rows.  Rows that are no whole number of bytes have no such
+    range; then the ends are rounded down.
+    """
+    count = tensor.shape[0]
+    skipped_bytes, stop_bytes = (tensor.size_bytes * row // count for row in (start, stop))
+    return tensor._replace(
+        shape=(stop - start, *tensor.shape[1:]),
+        start_offset=tensor.start_offset + skipped_bytes,
+        stop_offset=tensor.start_offset + stop_bytes,
+        params=tensor.params // count * (stop - start),
+        rows=TensorRows(start, stop, tensor.shape),
+        also=tuple(
+            place._replace(start_offset=place.start_offset + skipped_bytes, stop_offset=place.start_offset + stop_bytes)
+            for place in tensor.also
+        ),
+    )
+
+
 class TensorView(NamedTuple):
     """A name of the state dict that has no bytes of its own: it sees those of the stored tensor `base`.
 

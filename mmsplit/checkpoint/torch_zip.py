@@ -36,6 +36,8 @@ _HARMLESS_FLAGS: Final = 1 << 1 | 1 << 2 | _HAS_DESCRIPTOR | 1 << 11
 #: MS-DOS's mark of a folder, of which some readers (torch's own) read no data, whatever its size.
 _FOLDER_ATTRIBUTE: Final = 1 << 4
 _ENCRYPTED_FLAGS: Final = 1 | 1 << 6 | 1 << 13
+#: Of the format, in tenths; readers refuse entries that need a newer one.
+_NEWEST_VERSION: Final = 63
 _DOWNLOAD_HINT: Final = "The file is truncated or damaged. Download it again."
 _RESAVE_HINT: Final = "Load the file with PyTorch and save it again."
 
@@ -156,9 +158,8 @@ def _parse_directory(directory: bytes, count: int, start: int, path: str) -> lis
     for _ in range(count):
         if directory[position : position + 4] != b"PK\x01\x02" or len(directory) - position < _CENTRAL.size:
             _fail("zip file's directory ends early or is damaged", path, start + position)
-        _, _, _, flags, method, _, _, _, stored, size, *lengths, disk, _, attributes, offset = _CENTRAL.unpack_from(
-            directory, position
-        )
+        fields = _CENTRAL.unpack_from(directory, position)
+        _, _, needed, flags, method, _, _, _, stored, size, *lengths, disk, _, attributes, offset = fields
         name_length, extra_length, comment_length = lengths
         name_start = position + _CENTRAL.size
         extra_start = name_start + name_length
@@ -171,6 +172,9 @@ def _parse_directory(directory: bytes, count: int, start: int, path: str) -> lis
         size, stored, offset, disk = _widen((size, stored, offset, disk), extra, path, start + position)
         if disk != 0 or (method == 0 and stored != size):
             _fail(f"zip entry {_shown(name)} has two sizes, or lies in another file", path, start + position)
+        if needed & 0xFF > _NEWEST_VERSION:
+            what = f"zip entry {_shown(name)} needs version {(needed & 0xFF) / 10} of the format"
+            _fail(what, path, start + position, _RESAVE_HINT)
         if attributes & _FOLDER_ATTRIBUTE and size:
             _fail(f"zip entry {_shown(name)} is a folder that holds data", path, start + position)
         records.append(ZipRecord(name, raw_name, flags, method, size, offset))

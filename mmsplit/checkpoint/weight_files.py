@@ -51,9 +51,10 @@ _PROJECTOR: Final = "mmproj"
 _NUMBERED: Final = re.compile(
     r"^(?P<family>.+)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})(?P<suffix>\.[a-z]+)$", re.ASCII
 )
-#: Partition sets may live beside the checkpoint they came from; they are never part of it.
+#: Partition sets may live beside the checkpoint they came from, and what was exported has a record of it; neither is
+#: part of a checkpoint.
 _PARTITION_FILE: Final = re.compile(
-    r"^(partition_(\d+|set)\.(json|bin)(\..*)?|unfinished_(split|merge)\.json)$", re.ASCII
+    r"^(partition_(\d+|set)\.(json|bin)(\..*)?|unfinished_(split|merge)\.json|mmsplit_export\.json)$", re.ASCII
 )
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from mmsplit.errors import CheckpointError
+
+#: What is a device on Windows, in every folder and with every ending.
+_DEVICE: Final = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$) *(\.|$)", re.IGNORECASE)
 
 
 def parse_weights_index(data: bytes, path: str, suffixes: Sequence[str]) -> dict[str, str]:
@@ -21,7 +25,8 @@ def parse_weights_index(data: bytes, path: str, suffixes: Sequence[str]) -> dict
         raise CheckpointError(what, path=path, tensor=tensor, found=found) from None
 
     try:
-        index = json.loads(data)
+        # Strictly UTF-8: json.loads would also take UTF-16 and 32, which other readers do not.
+        index = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         fail(f"weights index is not JSON: {error}")
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -47,5 +52,13 @@ def folded_name(name: str) -> str:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether `name` can only mean a file right inside the directory it is looked up in."""
-    return name not in ("", ".", "..") and not any(char in "/\\:\0" or not char.isprintable() for char in name)
+    """Whether `name` can only mean a file right inside the directory it is looked up in, whatever the system.
+
+    Windows takes "x." and "x " for "x", and "nul.txt" for a device.
+    """
+    return (
+        not name.endswith((".", " "))
+        and name != ""
+        and not any(char in "/\\:\0" or not char.isprintable() for char in name)
+        and not _DEVICE.match(name)
+    )

@@ -8,7 +8,7 @@ import click
 
 from mmsplit.checkpoint import IoMode
 from mmsplit.cli.consume_option import announce_disk, consume_option
-from mmsplit.cli.options import PATH, json_option, work_options
+from mmsplit.cli.options import PATH, json_option, root_option, work_options
 from mmsplit.cli.progress import ProgressDisplay
 from mmsplit.cli.render import echo, echo_json, size
 from mmsplit.verbs.merge import merge
@@ -19,6 +19,7 @@ from mmsplit.verbs.merge import merge
 @click.option("-o", "--output", type=PATH, required=True, help="Directory for the checkpoint.")
 @click.option("--resume", is_flag=True, help="Keep shards that are there and right, make the rest.")
 @consume_option("partition's payload", "all of it is in finished shards")
+@root_option
 @work_options
 @json_option
 def merge_command(
@@ -26,6 +27,7 @@ def merge_command(
     output: Path,
     resume: bool,
     consume: bool,
+    root_digest: str | None,
     threads: int | None,
     io: IoMode,
     quiet: bool,
@@ -38,6 +40,7 @@ def merge_command(
             output,
             resume=resume,
             consume=consume,
+            root_digest=root_digest,
             announce=announce_disk,
             threads=threads,
             io=io,

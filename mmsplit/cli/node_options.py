@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from mmsplit.cli.options import PATH
-from mmsplit.cli.render import echo, layer_range, percent, table
+from mmsplit.cli.render import contents, echo, percent, table
 from mmsplit.dtypes import DTYPES
 from mmsplit.planning import (
     MemoryRequest,
@@ -132,7 +132,7 @@ def show_placement(placement: NodePlacement, partitions: tuple[PlannedPartition,
             (
                 node.node.name,
                 "-" if node.part_id is None else str(node.part_id),
-                "-" if node.part_id is None else layer_range(partitions[node.part_id].layers),
+                "-" if node.part_id is None else contents(partitions[node.part_id]),
                 *(binary_size(getattr(needs, field)) for _, field in columns),
                 binary_size(needs.total_bytes),
                 binary_size(node.node.usable_bytes),

@@ -65,6 +65,20 @@ def planning_options(command: F) -> F:
         (
             click.option("-n", "--num-parts", type=int, help="Number of partitions."),
             click.option(
+                "--split-by",
+                type=click.Choice(["layer", "type", "expert"]),
+                default="layer",
+                show_default=True,
+                help="layer: runs of layers; type: attention, MLP, embedding … each in a partition of its own;"
+                " expert: a trunk, and partitions of the experts of a mixture.",
+            ),
+            click.option(
+                "--rule",
+                "rules_file",
+                type=PATH,
+                help="TOML file of patterns over tensor names, each with the partition that gets what matches.",
+            ),
+            click.option(
                 "--by",
                 type=click.Choice(["bytes", "params", "layers"]),
                 default="bytes",
@@ -96,6 +110,13 @@ def unknown_dtypes_option(command: F) -> F:
     """Add --allow-unknown-dtypes."""
     return click.option(
         "--allow-unknown-dtypes", is_flag=True, help="Carry dtypes mmsplit does not know as opaque bytes."
+    )(command)
+
+
+def root_option(command: F) -> F:
+    """Add --root."""
+    return click.option(
+        "--root", "root_digest", metavar="DIGEST", help="Demand the set of this root digest: sha256:…, as split prints."
     )(command)
 
 

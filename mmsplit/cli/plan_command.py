@@ -8,10 +8,10 @@ import click
 
 from mmsplit.cli.node_options import node_options, show_placement
 from mmsplit.cli.options import json_option, planning_options
-from mmsplit.cli.render import count, echo, echo_json, layer_range, notes, percent, size, table
+from mmsplit.cli.render import contents, count, echo, echo_json, notes, percent, size, table
 from mmsplit.cli.source_options import chosen_source, hub_of, hub_options, model_id_option, source_argument
-from mmsplit.planning import By, NodeRequest, Plan, TiedMode
-from mmsplit.verbs.plan import plan
+from mmsplit.planning import By, NodeRequest, Plan, SplitBy, TiedMode
+from mmsplit.verbs.plan import plan, read_rules
 
 
 @click.command("plan")
@@ -24,6 +24,8 @@ from mmsplit.verbs.plan import plan
 def plan_command(
     source: str | None,
     num_parts: int | None,
+    split_by: SplitBy,
+    rules_file: Path | None,
     by: By,
     weights: tuple[str, ...] | None,
     boundaries: tuple[str, ...] | None,
@@ -49,6 +51,8 @@ def plan_command(
         weights=weights,
         boundaries=boundaries,
         tied=tied,
+        split_by=split_by,
+        rule=None if rules_file is None else read_rules(rules_file),
         nodes=nodes,
         hub=hub_of(revision, cache_dir, token, connections),
         allow_unknown_dtypes=allow_unknown_dtypes,
@@ -69,7 +73,7 @@ def show_plan(plan: Plan) -> None:
     rows = [
         (
             str(part.part_id),
-            layer_range(part.layers),
+            contents(part),
             f"{len(part.layers)}",
             count(part.total_params),
             size(part.total_bytes),
@@ -85,7 +89,9 @@ def show_plan(plan: Plan) -> None:
         )
     )
     balance = plan.balance
-    echo(
-        f"\n  balanced by {balance.by}: partition {balance.bottleneck} is the bottleneck,"
-        f" {100 * balance.excess:.1f} % above a perfect split"
-    )
+    above = f"{100 * balance.excess:.1f} % above a perfect split"
+    if plan.split_by in ("type", "rule"):
+        echo(f"\n  cut by {plan.split_by}, not balanced: partition {balance.bottleneck} is the largest, {above}")
+    else:
+        whose = "experts balanced" if plan.split_by == "expert" else "balanced"
+        echo(f"\n  {whose} by {balance.by}: partition {balance.bottleneck} is the bottleneck, {above}")

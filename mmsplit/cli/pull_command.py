@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mmsplit.cli.options import PART_IDS, PATH, json_option
+from mmsplit.cli.options import PART_IDS, PATH, json_option, root_option
 from mmsplit.cli.progress import ProgressDisplay
 from mmsplit.cli.render import echo, echo_json, size, table
 from mmsplit.remote.source import HubOptions
@@ -17,7 +17,7 @@ from mmsplit.verbs.pull import PullResult, pull
 @click.argument("source", metavar="SOURCE")
 @click.option("-o", "--output", type=PATH, required=True, help="Directory for the partition set.")
 @click.option("--only", type=PART_IDS, metavar="K,…", help="Only these partitions, counted from 0.")
-@click.option("--root", "root_digest", help="Take only the set of this root digest: sha256:…")
+@root_option
 @click.option("--revision", help="Branch, tag or commit on the Hub.  [default: main]")
 @click.option("--token", help="Token for the Hub.  [default: HF_TOKEN, or that of `hf auth login`]")
 @click.option(

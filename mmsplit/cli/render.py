@@ -10,7 +10,7 @@ from typing import Final, Protocol
 
 import click
 
-from mmsplit.planning import PlannedLayer
+from mmsplit.planning import PlannedPartition
 from mmsplit.sidecar.partition_reader import Fault
 
 #: Longest text in a cell of a table, in characters.
@@ -91,11 +91,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[
     )
 
 
-def layer_range(layers: Sequence[PlannedLayer]) -> str:
+def contents(part: PlannedPartition) -> str:
     """Return first and last layer, and those that moved there: model.embed_tokens … model.layers.7, lm_head."""
+    layers = part.layers
     names = [layer.name for layer in layers if not layer.moved]
     span = names if len(names) < 2 else [f"{names[0]} … {names[-1]}"]
-    return ", ".join([*span, *(layer.name for layer in layers if layer.moved)]) or "-"
+    found = ", ".join([*span, *(layer.name for layer in layers if layer.moved)]) or "-"
+    return found if part.label is None else f"{part.label}: {found}"
 
 
 def layer_table(layers: Sequence[LayerLike], *, every: bool) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mmsplit.cli.options import PART_IDS, PATH, json_option
+from mmsplit.cli.options import PART_IDS, PATH, json_option, root_option
 from mmsplit.cli.progress import ProgressDisplay
 from mmsplit.cli.render import clean, echo, echo_json, fault_line, size, table
 from mmsplit.cli.source_options import SOURCE, hub_of, hub_options
@@ -34,7 +34,7 @@ from mmsplit.verbs.repair import RepairLevel, RepairResult, repair
     help="How closely to look for damage, as in verify.",
 )
 @click.option("--rebuild-manifest", is_flag=True, help="Only bring lost partition_K.json back, from the payloads.")
-@click.option("--root", "root_digest", help="Repair only the set of this root digest: sha256:…")
+@root_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @hub_options
 @click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Threads that compute.  [default: processors]")

@@ -11,11 +11,12 @@ from mmsplit.cli.consume_option import announce_disk, consume_option
 from mmsplit.cli.node_options import node_options
 from mmsplit.cli.options import PART_IDS, PATH, json_option, planning_options, work_options
 from mmsplit.cli.progress import ProgressDisplay
-from mmsplit.cli.render import echo, echo_json, layer_range, notes, percent, size, table
+from mmsplit.cli.render import contents, echo, echo_json, notes, percent, size, table
 from mmsplit.cli.source_options import chosen_source, hub_of, hub_options, source_argument
 from mmsplit.codec import CodecName
-from mmsplit.planning import By, NodeRequest, TiedMode
+from mmsplit.planning import By, NodeRequest, SplitBy, TiedMode
 from mmsplit.sidecar.output_directory import Existing
+from mmsplit.verbs.plan import read_rules
 from mmsplit.verbs.split import SplitResult, split
 
 
@@ -63,6 +64,8 @@ def split_command(
     source: str | None,
     output: Path,
     num_parts: int | None,
+    split_by: SplitBy,
+    rules_file: Path | None,
     by: By,
     weights: tuple[str, ...] | None,
     boundaries: tuple[str, ...] | None,
@@ -104,6 +107,8 @@ def split_command(
             weights=weights,
             boundaries=boundaries,
             tied=tied,
+            split_by=split_by,
+            rule=None if rules_file is None else read_rules(rules_file),
             nodes=nodes,
             only=only,
             codec=codec,
@@ -137,7 +142,7 @@ def _show(result: SplitResult) -> None:
     rows = [
         (
             str(entry.part_id),
-            layer_range(result.plan.partitions[entry.part_id].layers),
+            contents(result.plan.partitions[entry.part_id]),
             size(entry.total_bytes),
             size(entry.stored_bytes),
             percent(entry.stored_bytes, entry.total_bytes),

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mmsplit.checkpoint import IoMode
-from mmsplit.cli.options import PATH, json_option, unknown_dtypes_option, work_options
+from mmsplit.cli.options import PATH, json_option, root_option, unknown_dtypes_option, work_options
 from mmsplit.cli.progress import ProgressDisplay
 from mmsplit.cli.render import clean, echo, echo_json, fault_line, size
 from mmsplit.cli.scrub_options import scrub_of, scrub_options
@@ -27,6 +27,9 @@ from mmsplit.verbs.verify import Level, verify
     help="quick: structure and sizes; stored: every stored byte; full: and decode it all.",
 )
 @click.option("--against", type=SOURCE, help="A checkpoint, or a model of the Hub, to compare with, byte for byte.")
+@root_option
+@click.option("--signature", type=PATH, help="Demand the set that this signature vouches for; with --key.")
+@click.option("--key", type=PATH, help="The public key to the signature: a PEM file.")
 @scrub_options
 @hub_options
 @unknown_dtypes_option
@@ -36,6 +39,9 @@ def verify_command(
     path: Path,
     level: Level,
     against: str | None,
+    root_digest: str | None,
+    signature: Path | None,
+    key: Path | None,
     subset: str | None,
     since: datetime | timedelta | None,
     history: Path | None,
@@ -56,6 +62,9 @@ def verify_command(
             path,
             level=level,
             against=against,
+            root_digest=root_digest,
+            signature=signature,
+            public_key=key,
             hub=hub_of(revision, cache_dir, token, connections),
             allow_unknown_dtypes=allow_unknown_dtypes,
             scrub=scrub_of(subset, since, history, max_rate),
@@ -70,6 +79,7 @@ def verify_command(
             f"ok: {result.partition_count} partition(s), {size(result.checked_bytes)} read, level {level}"
             + (f", subset {subset}" if subset else "")
             + (f", same as {against}" if against else "")
+            + (f", bound by {result.root_digest}" if result.root_digest else "")
         )
     else:
         for fault in result.problems:

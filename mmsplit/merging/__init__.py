@@ -1,1 +1,1 @@
-"""Partitions back to shards: what is decoded in which order, and the threads that do it."""
+"""Files from spans of bytes and stored chunks: what is decoded in which order, and the threads that do it."""

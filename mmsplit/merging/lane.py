@@ -1,7 +1,7 @@
-"""One shard after the other through four stages: read ahead, decode, hash in order, write in order.
+"""One file after the other through four stages: read ahead, decode, hash in order, write in order.
 
-What is hashed is the memory that is written, so a shard is read back from nowhere.  Hashing is one stream and slower
-than decoding: several shards at once, each in a lane of its own, are what uses many processors.
+What is hashed is the memory that is written, so a file is read back from nowhere.  Hashing is one stream and slower
+than decoding: several files at once, each in a lane of its own, are what uses many processors.
 
 Nobody waits in a circle.  A thread takes the room for a span before it takes the span, and spans are handed out in
 order: so the earliest span that is not written has its room, and everything before it is done.
@@ -26,12 +26,12 @@ _BEHIND: Final = 3
 
 
 class Lane:
-    """Merges a stream of spans, shard after shard."""
+    """Makes files from a stream of spans, one after the other."""
 
     def __init__(self, spans: Iterator[Span], decoders: int, counter: ProgressCounter) -> None:
         self._decoders = decoders
         self._counter = counter
-        self._prefetcher = Prefetcher(spans, Span.borrow, decoders + _READ_AHEAD)
+        self._prefetcher = Prefetcher(spans, lambda span, scratch: span.borrow(scratch), decoders + _READ_AHEAD)
         self._blocks = Pool([ShardBlock(CHUNK_BYTES) for _ in range(decoders + _BEHIND)])
         self._decoded: OrderedQueue[tuple[Span, ShardBlock]] = OrderedQueue()
         self._hashed: OrderedQueue[tuple[Span, ShardBlock]] = OrderedQueue()
@@ -71,7 +71,7 @@ class Lane:
     def _hash(self) -> None:
         while (taken := self._decoded.take()) is not None:
             number, (span, block) = taken
-            span.shard.hash(block)
+            span.sink.hash(block)
             self._hashed.put(number, (span, block))
         self._hashed.end(self._prefetcher.job_count)
 
@@ -79,6 +79,6 @@ class Lane:
         while (taken := self._hashed.take()) is not None:
             span, block = taken[1]
             size_bytes = len(block.data)
-            span.shard.write(block)
+            span.sink.write(block)
             self._blocks.give(block)
             self._counter.add(size_bytes)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmsplit.errors import IntegrityError, MissingPartitionError, NoSpaceError, RequestError
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.consumed_directory import ConsumedDirectory, settle
 from mmsplit.sidecar.disk_forecast import DiskForecast, DiskStep, forecast
 from mmsplit.sidecar.manifest import parse_manifest
@@ -169,7 +170,7 @@ def shards_of(root: Path, manifest: SetManifest, part_id: int) -> frozenset[str]
     if not path.exists():
         return frozenset(shard.name for shard in manifest.shards)
     with output_errors(path):
-        partition = parse_manifest(path.read_bytes(), str(path))
+        partition = parse_manifest(read_regular(path), str(path))
     tensors = (tensor for layer in partition.layers for tensor in layer.tensors)
     return frozenset(place.shard for tensor in tensors for place in tensor.places())
 
@@ -188,7 +189,7 @@ def require_merged(root: Path, manifest: SetManifest, gone: Collection[int], kep
 
 def _where_it_went(root: Path) -> str:
     try:
-        output = json.loads((root / UNFINISHED_MERGE_NAME).read_bytes())["output"]
+        output = json.loads(read_regular(root / UNFINISHED_MERGE_NAME))["output"]
     except (OSError, ValueError, KeyError, TypeError):
         return "."
     return f", or give the output to which it was merged: {output}."

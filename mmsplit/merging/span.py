@@ -1,10 +1,10 @@
-"""A shard in spans: kept bytes, and runs of chunks that lie side by side in the shard and in a partition."""
+"""A file in spans: bytes in memory, and runs of chunks that lie side by side in the file and in a partition."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import xxhash
 
@@ -14,11 +14,33 @@ from mmsplit.errors import IntegrityError
 from mmsplit.sidecar.layout import CHUNK_BYTES
 from mmsplit.sidecar.manifest import TensorEntry
 from mmsplit.sidecar.partition_reader import OpenPartition
-from mmsplit.sidecar.shard_pieces import KeptPiece
-from mmsplit.sidecar.shard_writer import ShardBlock, ShardWriter
+from mmsplit.sidecar.shard_writer import ShardBlock
 
 #: A tensor, and the partition that stores it.
 StoredTensor: TypeAlias = tuple[OpenPartition, TensorEntry]
+
+
+class BlockSink(Protocol):
+    """Takes the blocks of one file in order, each first to hash it, then to write it; one thread may do each."""
+
+    def hash(self, block: ShardBlock) -> None:
+        """Hash the next block."""
+
+    def write(self, block: ShardBlock) -> None:
+        """Write the next block, which has been hashed; with the last the file is made durable and gets its name."""
+
+
+class Span(Protocol):
+    """At most `CHUNK_BYTES` of the file that `sink` takes."""
+
+    @property
+    def sink(self) -> BlockSink: ...  # noqa: D102
+
+    def borrow(self, scratch: Scratch) -> AbstractContextManager[memoryview]:
+        """Lend the bytes that the span is made from."""
+
+    def fill(self, block: ShardBlock, source: memoryview, decoder: ChunkDecoder) -> None:
+        """Put the span into a block, given what `borrow` lent."""
 
 
 class StoredChunk(NamedTuple):
@@ -29,82 +51,83 @@ class StoredChunk(NamedTuple):
     number: int
     raw_bytes: int
 
+    def decode(self, stored: memoryview, out: memoryview, decoder: ChunkDecoder) -> None:
+        """Decode the chunk into `out` and compare its checksums.  Raises `IntegrityError` where it is not as split."""
+        with _naming(self):
+            self.partition.require_bound(self.number, stored)
+            decoder.decode(stored, self.partition.encoded(self.number)[2], out)
+            if xxhash.xxh3_64_intdigest(out) != int(self.partition.index[self.number]["raw_xxh3"]):
+                raise IntegrityError("decoded bytes are not those that were split")
 
-class Span(NamedTuple):
-    """Shard bytes [`start`, `start + size_bytes`), at most `CHUNK_BYTES`, piece by piece.
 
-    The chunks among the pieces are neighbours in one partition.
+class StoredSpan(NamedTuple):
+    """File bytes [`start`, `start + size_bytes`), at most `CHUNK_BYTES`, piece by piece.
+
+    Pieces are bytes in memory (a header, padding) and chunks; the chunks are neighbours in one partition.
     """
 
-    shard: ShardWriter
+    sink: BlockSink
     start: int
     size_bytes: int
     pieces: tuple[memoryview | StoredChunk, ...]
 
     def borrow(self, scratch: Scratch) -> AbstractContextManager[memoryview]:
-        """Lend the stored bytes of all chunks, from the first to the last."""
-        chunks = self._chunks()
-        return self._borrow_stored(chunks, scratch) if chunks else nullcontext(memoryview(b""))
+        """Lend the encoded bytes of all chunks, from the first to the last."""
+        chunks = [piece for piece in self.pieces if isinstance(piece, StoredChunk)]
+        return _borrow_encoded(chunks[0], chunks[-1], scratch) if chunks else nullcontext(memoryview(b""))
 
-    def fill(self, block: ShardBlock, stored: memoryview, decoder: ChunkDecoder) -> None:
-        """Put the span into a block, given what `borrow` lent.  Raises `IntegrityError` for a damaged chunk."""
+    def fill(self, block: ShardBlock, source: memoryview, decoder: ChunkDecoder) -> None:
+        """Put the pieces into a block and compare the chunks' checksums.  Raises `IntegrityError` for a damaged one."""
         out = block.place(self.start, self.size_bytes)
         position = 0
-        begin = None
+        begin: int | None = None
         for piece in self.pieces:
             if isinstance(piece, memoryview):
                 out[position : position + len(piece)] = piece
                 position += len(piece)
                 continue
-            raw = out[position : position + piece.raw_bytes]
-            start, stop, encoded = piece.partition.encoded(piece.number)
+            start, stop, _ = piece.partition.encoded(piece.number)
             begin = start if begin is None else begin
-            with _naming(piece):
-                decoder.decode(stored[start - begin : stop - begin], encoded, raw)
-                if xxhash.xxh3_64_intdigest(raw) != int(piece.partition.index[piece.number]["raw_xxh3"]):
-                    raise IntegrityError("decoded bytes are not those that were split")
+            # Released at once: a view that an error's traceback holds would keep the map open.
+            with source[start - begin : stop - begin] as stored:
+                piece.decode(stored, out[position : position + piece.raw_bytes], decoder)
             position += piece.raw_bytes
 
-    def _chunks(self) -> list[StoredChunk]:
-        return [piece for piece in self.pieces if isinstance(piece, StoredChunk)]
 
-    @contextmanager
-    def _borrow_stored(self, chunks: Sequence[StoredChunk], scratch: Scratch) -> Iterator[memoryview]:
-        first, last = chunks[0], chunks[-1]
-        start, stop = first.partition.encoded(first.number)[0], last.partition.encoded(last.number)[1]
-        with _naming(first), first.partition.reader.borrow(start, stop, scratch, "direct") as stored:
-            yield stored
-
-
-def iter_spans(shard: ShardWriter, pieces: Iterable[KeptPiece | StoredTensor]) -> Iterator[Span]:
-    """Yield the spans of a shard in order, given its pieces in the order of the file, which they cover."""
-    begin = position = 0
+def iter_stored(sink: BlockSink, start: int, pieces: Iterable[memoryview | StoredTensor]) -> Iterator[StoredSpan]:
+    """Yield the spans of bytes and tensors that follow each other in the file from `start` on."""
+    begin = position = start
     waiting: list[memoryview | StoredChunk] = []
     first: StoredChunk | None = None  # of the chunks that wait
     last: StoredChunk | None = None
-    for piece in _iter_pieces(pieces):
+    for piece in _iter_cut(pieces):
         chunk = piece if isinstance(piece, StoredChunk) else None
         size_bytes = piece.raw_bytes if isinstance(piece, StoredChunk) else len(piece)
         fits = position + size_bytes - begin <= CHUNK_BYTES
         if waiting and not (fits and _follows(chunk, first, last)):
-            yield Span(shard, begin, position - begin, tuple(waiting))
+            yield StoredSpan(sink, begin, position - begin, tuple(waiting))
             waiting, begin, first, last = [], position, None, None
         waiting.append(piece)
         position += size_bytes
         first, last = first or chunk, chunk or last
     if waiting:
-        yield Span(shard, begin, position - begin, tuple(waiting))
+        yield StoredSpan(sink, begin, position - begin, tuple(waiting))
 
 
-def _iter_pieces(pieces: Iterable[KeptPiece | StoredTensor]) -> Iterator[memoryview | StoredChunk]:
+def iter_chunks(stored: StoredTensor) -> Iterator[StoredChunk]:
+    """Yield the chunks of a tensor."""
+    partition, tensor = stored
+    for number in range(tensor.first_chunk, tensor.first_chunk + tensor.chunk_count):
+        yield StoredChunk(partition, tensor, number, int(partition.index[number]["raw_bytes"]))
+
+
+def _iter_cut(pieces: Iterable[memoryview | StoredTensor]) -> Iterator[memoryview | StoredChunk]:
     for piece in pieces:
-        if isinstance(piece, KeptPiece):
-            for start in range(0, len(piece.data), CHUNK_BYTES):
-                yield piece.data[start : start + CHUNK_BYTES]
+        if isinstance(piece, memoryview):
+            for start in range(0, len(piece), CHUNK_BYTES):
+                yield piece[start : start + CHUNK_BYTES]
         else:
-            partition, tensor = piece
-            for number in range(tensor.first_chunk, tensor.first_chunk + tensor.chunk_count):
-                yield StoredChunk(partition, tensor, number, int(partition.index[number]["raw_bytes"]))
+            yield from iter_chunks(piece)
 
 
 def _follows(chunk: StoredChunk | None, first: StoredChunk | None, last: StoredChunk | None) -> bool:
@@ -114,6 +137,13 @@ def _follows(chunk: StoredChunk | None, first: StoredChunk | None, last: StoredC
     if chunk.partition is not last.partition or chunk.number != last.number + 1:
         return False
     return chunk.partition.encoded(chunk.number)[1] - chunk.partition.encoded(first.number)[0] <= CHUNK_BYTES
+
+
+@contextmanager
+def _borrow_encoded(first: StoredChunk, last: StoredChunk, scratch: Scratch) -> Iterator[memoryview]:
+    start, stop = first.partition.encoded(first.number)[0], last.partition.encoded(last.number)[1]
+    with _naming(first), first.partition.reader.borrow(start, stop, scratch, "direct") as encoded:
+        yield encoded
 
 
 @contextmanager

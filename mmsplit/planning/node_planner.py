@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from mmsplit.checkpoint import Checkpoint
 from mmsplit.errors import PlanError
+from mmsplit.planning.cuts import plan_checkpoint
 from mmsplit.planning.memory_needs import ModelFacts
 from mmsplit.planning.misfit import misfit_error
 from mmsplit.planning.node_problem import NodeProblem, NodeRequest
 from mmsplit.planning.placement import Placement
 from mmsplit.planning.plan import Balance, NodePlacement, Plan, PlannedNode
-from mmsplit.planning.planner import By, PlanRequest, plan_arranged, plan_checkpoint
+from mmsplit.planning.planner import By, PlanRequest, plan_arranged
 from mmsplit.planning.units import TiedMode, arrange_checkpoint
 
 
@@ -50,11 +51,11 @@ def plan_for_nodes_or_parts(checkpoint: Checkpoint, request: PlanRequest, nodes:
     """
     if nodes is None:
         return plan_checkpoint(checkpoint, request)
-    for name in ("num_parts", "weights", "boundaries"):
-        if getattr(request, name) is not None:
+    for name in ("num_parts", "weights", "boundaries", "rule", "split_by"):
+        if getattr(request, name) not in (None, "layer"):
             raise PlanError(
                 f"nodes and {name} both say how to cut",
-                hint="Leave one of them out; a node's share in the nodes file is its weight.",
+                hint="Leave one of them out: nodes get runs of layers; a node's share in the nodes file is its weight.",
             )
     return plan_for_nodes(checkpoint, nodes, by=request.by, tied=request.tied)
 

@@ -14,14 +14,12 @@ reserve = "2 GiB"     # optional: instead of the one above
 
 from __future__ import annotations
 
-import difflib
 import re
-import tomllib
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Final, Literal, NamedTuple, get_args
 
-from mmsplit.errors import PlanError
+from mmsplit.planning.toml_fields import parse_toml, require_known, wrong_field
 
 #: Which node comes first in the pipeline: as written, or whichever order is best.
 NodeOrder = Literal["file", "any"]
@@ -88,31 +86,28 @@ def parse_nodes(text: str, where: str, reserve: float | str | None = None) -> No
 
     Raises `PlanError` naming node and field.
     """
-    try:
-        document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
-        raise PlanError(f"nodes file is not TOML: {str(error)[:200]}", path=where) from error
+    document = parse_toml(text, "nodes", where)
     return nodes_of(document, where, reserve)
 
 
 def nodes_of(document: Mapping[str, object], where: str, reserve: float | str | None = None) -> NodeList:
     """Return the nodes of a document that is parsed already; arguments and errors as for `parse_nodes`."""
-    _require_known(document, _FILE_KEYS, "the file", where)
+    require_known(document, _FILE_KEYS, "the file", where)
     order = document.get("order", "file")
     if order not in get_args(NodeOrder):
-        raise _wrong(where, "the file", "order", " or ".join(map(repr, get_args(NodeOrder))), order)
+        raise wrong_field(where, "the file", "order", " or ".join(map(repr, get_args(NodeOrder))), order)
     tables = document.get("node")
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         found = "none" if tables is None else tables
-        raise _wrong(where, "the file", "node", "a table [[node]] for each machine", found)
+        raise wrong_field(where, "the file", "node", "a table [[node]] for each machine", found)
     if len(tables) > MAX_NODES:
-        raise _wrong(where, "the file", "node", f"at most {MAX_NODES} of them", len(tables))
+        raise wrong_field(where, "the file", "node", f"at most {MAX_NODES} of them", len(tables))
     default = document.get("reserve", DEFAULT_RESERVE) if reserve is None else reserve
     nodes = tuple(_node(table, position, default, where) for position, table in enumerate(tables))
     seen: set[str] = set()
     for node in nodes:
         if node.name in seen:
-            raise _wrong(where, f"node {node.name!r}", "name", "a name of its own", node.name)
+            raise wrong_field(where, f"node {node.name!r}", "name", "a name of its own", node.name)
         seen.add(node.name)
     return NodeList(nodes, "any" if order == "any" else "file")
 
@@ -121,14 +116,14 @@ def _node(table: Mapping[str, object], position: int, default_reserve: object, w
     name = table.get("name")
     if not isinstance(name, str) or not name.strip() or len(name) > 100 or not name.isprintable():
         found = "none" if name is None else name
-        raise _wrong(where, f"node {position + 1}", "name", "printable text of at most 100 characters", found)
+        raise wrong_field(where, f"node {position + 1}", "name", "printable text of at most 100 characters", found)
     who = f"node {name!r}"
-    _require_known(table, _NODE_KEYS, who, where)
+    require_known(table, _NODE_KEYS, who, where)
     if "memory" not in table:
-        raise _wrong(where, who, "memory", _SIZE_EXPECTED, "none")
+        raise wrong_field(where, who, "memory", _SIZE_EXPECTED, "none")
     memory = _size(table["memory"], where, who, "memory")
     if memory == 0:
-        raise _wrong(where, who, "memory", _SIZE_EXPECTED, table["memory"])
+        raise wrong_field(where, who, "memory", _SIZE_EXPECTED, table["memory"])
     return Node(
         name=name,
         memory_bytes=memory,
@@ -147,7 +142,7 @@ def _size(value: object, where: str, who: str, field: str) -> int:
         count = int(Fraction(match[1]) * _UNIT_BYTES[match[2]])
         if count <= _MAX_BYTES:
             return count
-    raise _wrong(where, who, field, f"{_SIZE_EXPECTED}, up to 1024 PiB", value)
+    raise wrong_field(where, who, field, f"{_SIZE_EXPECTED}, up to 1024 PiB", value)
 
 
 def _reserve(value: object, memory: int, where: str, who: str) -> int:
@@ -157,7 +152,7 @@ def _reserve(value: object, memory: int, where: str, who: str) -> int:
         amount = _size(value, where, who, "reserve")
         if amount < memory:
             return amount
-    raise _wrong(where, who, "reserve", _RESERVE_EXPECTED, value)
+    raise wrong_field(where, who, "reserve", _RESERVE_EXPECTED, value)
 
 
 def _ratio(value: object, where: str, who: str, field: str) -> Fraction:
@@ -166,27 +161,4 @@ def _ratio(value: object, where: str, who: str, field: str) -> Fraction:
     if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= 1e9:
         return Fraction(str(value)).limit_denominator(10**9)
     expected = "a number from 0 to 1e9" if field == "share" else "a number above 0, up to 1e9"
-    raise _wrong(where, who, field, expected, value)
-
-
-def _require_known(table: Mapping[str, object], known: tuple[str, ...], who: str, where: str) -> None:
-    for key in table:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            hint = f"Did you mean {close[0]}?" if close else None
-            expected = f"one of {', '.join(known)}"
-            raise PlanError(f"{who} has an unknown field", path=where, expected=expected, found=_show(key), hint=hint)
-
-
-def _wrong(where: str, who: str, field: str, expected: str, found: object) -> PlanError:
-    return PlanError(f"{who}, field {field!r} is wrong or missing", path=where, expected=expected, found=_show(found))
-
-
-def _show(value: object) -> str:
-    """Show what was found without flooding the terminal; an endless integer is not even printed."""
-    if type(value) is int and abs(value) > 10**20:
-        return "an integer of more than 20 digits"
-    if isinstance(value, list | dict):
-        return f"a {'list' if isinstance(value, list) else 'table'} of {len(value):,}"
-    text = value if value == "none" else repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
+    raise wrong_field(where, who, field, expected, value)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from mmsplit.checkpoint import ByteRange, Shard, TensorInfo, TensorView
 from mmsplit.checkpoint.cover import first_byte_not_covered_once
-from mmsplit.errors import PlanError
+from mmsplit.errors import PlanError, RequestError
 from mmsplit.planning.memory_needs import MemoryRequest, Needs
 from mmsplit.planning.nodes import Node
+from mmsplit.planning.rows import require_whole
 
 
 class PlannedLayer(NamedTuple):
@@ -54,17 +55,24 @@ class PlannedLayer(NamedTuple):
             "total_params": self.total_params,
             "total_bytes": self.total_bytes,
         }
+        rows = {t.name: [t.rows.start, t.rows.stop] for t in self.tensors if t.rows is not None}
+        if rows:
+            record["rows"] = rows
         if self.alias is not None:
             record |= {"alias": self.alias, "tied_to": self.tied_to, "stored": self.stored}
         return record
 
 
 class PlannedPartition(NamedTuple):
-    """What one partition holds, layers in forward order; `node` is the machine it is for, where machines were given."""
+    """What one partition holds, layers in forward order; `node` is the machine it is for, where machines were given.
+
+    `label` says what it is for where it is not simply the next layers: `attention`, `experts 0-15`.
+    """
 
     part_id: int
     layers: tuple[PlannedLayer, ...]
     node: str | None = None
+    label: str | None = None
 
     @property
     def total_params(self) -> int:
@@ -79,7 +87,7 @@ class PlannedPartition(NamedTuple):
 
 class Balance(NamedTuple):
     """How even a plan is.  `load` per partition is in units of `by`; `excess` is how far the bottleneck is above
-    a perfect split (0.03 = 3 %).
+    a perfect split (0.03 = 3 %).  A partition of weight 0 is not balanced against the others: it gets what it gets.
     """
 
     by: str
@@ -158,13 +166,17 @@ class NodePlacement(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The frozen assignment of layers to partitions, with the request that led to it."""
+    """The frozen assignment of layers to partitions, with the request that led to it.
+
+    `split_by` is "layer", "type", "expert" or "rule".
+    """
 
     partitions: tuple[PlannedPartition, ...]
     balance: Balance
     tied: str
     notes: tuple[str, ...]
     placement: NodePlacement | None = None
+    split_by: str = "layer"
 
     @property
     def num_parts(self) -> int:
@@ -181,7 +193,7 @@ class Plan(NamedTuple):
                     layer.layer_type,
                     layer.stack,
                     layer.block_index,
-                    [tensor.name for tensor in layer.tensors],
+                    [t.name if t.rows is None else [t.name, t.rows.start, t.rows.stop] for t in layer.tensors],
                     layer.alias,
                     layer.tied_to,
                     layer.stored,
@@ -197,10 +209,12 @@ class Plan(NamedTuple):
         on_machines = {} if self.placement is None else {"placement": self.placement.as_json()}
         return {
             "num_parts": self.num_parts,
+            "split_by": self.split_by,
             "partitions": [
                 {
                     "part_id": part.part_id,
                     **({} if part.node is None else {"node": part.node}),
+                    **({} if part.label is None else {"label": part.label}),
                     "layers": [layer.as_json() for layer in part.layers],
                     "total_params": part.total_params,
                     "total_bytes": part.total_bytes,
@@ -222,6 +236,19 @@ def iter_stored(partition: PlannedPartition) -> Iterator[tuple[PlannedLayer, Ten
                 yield layer, tensor
 
 
+def sorted_part_ids(only: Collection[int], num_parts: int) -> tuple[int, ...]:
+    """Return which partitions are asked for, in order.  Raises `RequestError` for one that there is not."""
+    part_ids = tuple(sorted(set(only)))
+    wrong = [part_id for part_id in part_ids if type(part_id) is not int or not 0 <= part_id < num_parts]
+    if wrong or not part_ids:
+        raise RequestError(
+            f"there is no partition {wrong[0]}" if wrong else "no partition is asked for",
+            expected=f"0 to {num_parts - 1}",
+            hint="Partitions are counted from 0.",
+        )
+    return part_ids
+
+
 def require_every_byte_accounted_for(
     partitions: Sequence[PlannedPartition], shards: Sequence[Shard], tensors: Mapping[str, TensorInfo]
 ) -> None:
@@ -229,16 +256,22 @@ def require_every_byte_accounted_for(
 
     Raises `PlanError` on the first byte that is not.
     """
-    placed: dict[str, list[ByteRange]] = {}
+    placed: dict[str, TensorInfo] = {}
+    several: dict[str, list[TensorInfo]] = {}  # few; a list for each of 100,000 tensors would take its time
     for part in partitions:
         for layer in part.layers:
             if layer.alias is None:
                 for tensor in layer.tensors:
                     if not layer.stored:
                         raise PlanError("tensor is stored nowhere", tensor=tensor.name)
-                    placed.setdefault(tensor.name, []).append((tensor.start_offset, tensor.stop_offset))
+                    if tensor.name in placed:
+                        several.setdefault(tensor.name, [placed[tensor.name]]).append(tensor)
+                    else:
+                        placed[tensor.name] = tensor
     for name, tensor in tensors.items():  # said here for tensors without bytes, too
-        _require_whole(tensor, sorted(placed.pop(name, [])))
+        found = placed.pop(name, None)
+        if found is not tensor or name in several:
+            require_whole(tensor, several.get(name) or ([] if found is None else [found]))
     for name in placed:
         raise PlanError("tensor is not of this checkpoint", tensor=name)
     ranges: dict[str, list[ByteRange]] = {shard.name: list(shard.kept) for shard in shards}
@@ -250,18 +283,3 @@ def require_every_byte_accounted_for(
         offset = first_byte_not_covered_once(ranges[shard.name], shard.size_bytes)
         if offset is not None:
             raise PlanError("byte of the source has no place in the plan, or two", path=shard.location, offset=offset)
-
-
-def _require_whole(tensor: TensorInfo, placed: list[ByteRange]) -> None:
-    """Raise `PlanError` unless a tensor is in one place, or in slices that follow each other."""
-    if not placed:
-        raise PlanError("tensor is in no partition", tensor=tensor.name)
-    position = tensor.start_offset
-    for start, stop in placed:
-        if start < position or (start == stop and len(placed) > 1):
-            raise PlanError("tensor is in two layers without being tied", tensor=tensor.name)
-        if start > position:
-            break
-        position = stop
-    if position != tensor.stop_offset:
-        raise PlanError("part of a tensor is in no partition", tensor=tensor.name, offset=position)

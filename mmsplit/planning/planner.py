@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Final, Literal, get_args
+from typing import Final, Literal, TypeAlias, get_args
 
 from mmsplit.checkpoint import Checkpoint, TensorInfo
 from mmsplit.errors import PlanError
 from mmsplit.layers import Layer
 from mmsplit.planning.assignment import Load, assign_contiguous
+from mmsplit.planning.companions import checkpoint_companions, companion_notes, require_kept_together
 from mmsplit.planning.plan import (
     Balance,
     Plan,
@@ -23,6 +24,10 @@ from mmsplit.planning.units import Arrangement, TiedMode, Unit, arrange_checkpoi
 
 #: What a partition's load is measured in.
 By = Literal["bytes", "params", "layers"]
+#: What a cut goes between: layers, what tensors do (attention, MLP …), or the trunk and routed experts of an MoE.
+SplitBy = Literal["layer", "type", "expert"]
+#: Which partition gets a tensor; None where the rule has no answer.
+Rule: TypeAlias = Callable[[TensorInfo], int | None]
 MAX_PARTS: Final = 65_535
 
 
@@ -33,6 +38,9 @@ class PlanRequest:
 
     `weights`: relative share per partition, in order.  `boundaries`: name of the first layer of each partition
     but the first.
+
+    With `split_by` "type" the kinds say how many partitions there are, with a `rule` its answers do.  With "expert"
+    partition 0 is the trunk, and `weights` are for the others.
     """
 
     num_parts: int | None = None
@@ -40,35 +48,42 @@ class PlanRequest:
     weights: Sequence[float | str | Fraction] | None = None
     boundaries: Sequence[str] | None = None
     tied: TiedMode = "duplicate"
+    split_by: SplitBy = "layer"
+    rule: Rule | None = None
 
 
 def checkpoint_layers(checkpoint: Checkpoint) -> tuple[tuple[PlannedLayer, ...], tuple[str, ...]]:
     """Return all layers of a checkpoint in forward order, and all notes on them."""
     units, notes = checkpoint_units(checkpoint)
-    return tuple(_planned(unit, checkpoint.tensors) for unit in units if unit.layer.tensors), notes
+    missing = companion_notes(checkpoint_companions(checkpoint), checkpoint.tensors, checkpoint.config)
+    return tuple(_planned(unit, checkpoint.tensors) for unit in units if unit.layer.tensors), (*notes, *missing)
 
 
-def plan_checkpoint(checkpoint: Checkpoint, request: PlanRequest) -> Plan:
+def plan_by_layer(checkpoint: Checkpoint, request: PlanRequest) -> Plan:
     """Assign every layer to a partition.  Raises `PlanError` that says what is possible."""
     return plan_arranged(checkpoint, arrange_checkpoint(checkpoint, request.tied), request)
 
 
 def plan_arranged(checkpoint: Checkpoint, arrangement: Arrangement, request: PlanRequest) -> Plan:
-    """Plan as `plan_checkpoint` does; the arrangement is that of `request.tied`."""
+    """Plan as `plan_by_layer` does; the arrangement is that of `request.tied`."""
     units = arrangement.units
     weights = _shares(request, len(units))
     load = unit_load(arrangement, checkpoint.tensors, request.by)
     if request.boundaries is not None:
         first = _first_of_boundaries(request.boundaries, [unit.layer.name for unit in units])
     else:
-        first = assign_contiguous(load, weights, unit_load(arrangement, checkpoint.tensors, "bytes"))
+        stored = load if request.by == "bytes" else unit_load(arrangement, checkpoint.tensors, "bytes")
+        first = assign_contiguous(load, weights, stored)
     stops = (*first[1:], len(units))
     ranges = tuple(zip(first, stops, strict=True))
     partitions = _partitions(arrangement, ranges)
     require_every_byte_accounted_for(partitions, checkpoint.shards, checkpoint.tensors)
+    groups = checkpoint_companions(checkpoint)
+    require_kept_together(partitions, groups)
     loads = tuple(load.of(start, stop) for start, stop in ranges)
-    notes = (*arrangement.notes, *_tie_remarks(partitions))
-    return Plan(partitions, _balance(request.by, loads, weights), request.tied, notes)
+    missing = companion_notes(groups, checkpoint.tensors, checkpoint.config)
+    notes = (*arrangement.notes, *missing, *tie_remarks(partitions))
+    return Plan(partitions, balance_of(request.by, loads, weights), request.tied, notes)
 
 
 def unit_load(arrangement: Arrangement, tensors: Mapping[str, TensorInfo], by: By) -> Load:
@@ -117,10 +132,11 @@ def _shares(request: PlanRequest, unit_count: int) -> tuple[Fraction, ...]:
         )
     if request.by not in get_args(By):
         raise PlanError(f"cannot balance by {request.by!r}", hint=f"Possible are {', '.join(get_args(By))}.")
-    return tuple(_weight(weight) for weight in request.weights or [1] * num_parts)
+    return tuple(parse_weight(weight) for weight in request.weights or [1] * num_parts)
 
 
-def _weight(value: float | str | Fraction) -> Fraction:
+def parse_weight(value: float | str | Fraction) -> Fraction:
+    """Return a weight as an exact number.  Raises `PlanError` for what is none."""
     text = str(value)
     try:
         # A float first where there is an exponent: Fraction("1e999999999") would work that number out.
@@ -200,7 +216,8 @@ def _layers_of(
             )
 
 
-def _tie_remarks(partitions: Sequence[PlannedPartition]) -> list[str]:
+def tie_remarks(partitions: Sequence[PlannedPartition]) -> list[str]:
+    """Say where tied weights went."""
     remarks = []
     for part in partitions:
         moved = [layer.name for layer in part.layers if layer.moved]
@@ -220,7 +237,8 @@ def _tie_remarks(partitions: Sequence[PlannedPartition]) -> list[str]:
     return remarks
 
 
-def _balance(by: str, loads: Sequence[int], weights: Sequence[Fraction]) -> Balance:
+def balance_of(by: str, loads: Sequence[int], weights: Sequence[Fraction]) -> Balance:
+    """Say how even these loads are, given the weight of each."""
     relative = [load / weight for load, weight in zip(loads, weights, strict=True)]
     bottleneck = relative.index(max(relative))
     ideal = sum(loads) / sum(weights)

@@ -64,7 +64,7 @@ def find_ties(
     embedding = _token_embedding(layers)
     # A head of nothing but a bias (BART's final_logits_bias) has its weight elsewhere.
     has_head = any(layer.layer_type == "head" and not all(map(_is_bias, layer.tensors)) for layer in layers)
-    declared = _declared(config)
+    declared = declares_tie(config)
     if embedding is None or not _needs_head(config, has_blocks=any(layer.stack for layer in layers)):
         return (), ()
     ties = []
@@ -85,7 +85,7 @@ def find_ties(
                 " to be tied to it",
             )
     elif declared is True and called.head_weight in names and called.head_weight not in views:
-        notes = (f"config.json says the head is tied, but {called.head_weight} is stored too; both are kept",)
+        notes = (f"config.json says the head is tied, but {called.head_weight} is stored, too",)
     return tuple(ties), notes
 
 
@@ -116,11 +116,11 @@ def _needs_head(config: Mapping[str, object] | None, *, has_blocks: bool) -> boo
     architectures = config.get("architectures")
     if isinstance(architectures, list) and architectures:
         return any(isinstance(name, str) and name.endswith(_WITH_HEAD) for name in architectures)
-    return has_blocks and _declared(config) is True
+    return has_blocks and declares_tie(config) is True
 
 
-def _declared(config: Mapping[str, object] | None) -> bool | None:
-    """tie_word_embeddings as config.json has it, at its top or in the text model's part."""
+def declares_tie(config: Mapping[str, object] | None) -> bool | None:
+    """Return tie_word_embeddings as config.json has it, at its top or in the text model's part."""
     if config is None:
         return None
     for part in (config, config.get("text_config"), config.get("llm_config"), config.get("language_config")):

@@ -11,6 +11,7 @@ from typing import Final
 
 from mmsplit.checkpoint import FileReader, Identity, IoMode, ReaderPool
 from mmsplit.errors import SourceChangedError
+from mmsplit.regular_files import read_regular
 from mmsplit.remote.disk import require_space
 from mmsplit.remote.downloader import Downloader, Found, Presence
 from mmsplit.remote.hub_cache import HubCache
@@ -36,7 +37,7 @@ class CachedHubStorage(HubStorage):
 
     def read_file(self, name: str) -> bytes:
         """Read a small file from the cache; it is fetched if it is not there."""
-        return self._downloader.fetch(name).path.read_bytes()
+        return read_regular(self._downloader.fetch(name).path)
 
     def open_readers(self, io: IoMode, identities: Mapping[str, Identity]) -> CachedReaders:  # type: ignore[override]
         """Return readers of the cached files; what is announced is fetched beforehand."""

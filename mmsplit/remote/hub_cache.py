@@ -24,6 +24,7 @@ from typing import Final, Protocol
 
 from mmsplit.durable import make_directory, sync_directory
 from mmsplit.errors import RequestError
+from mmsplit.regular_files import is_regular
 from mmsplit.remote.disk import download_errors, write_small_file
 from mmsplit.remote.file_download import PARTIAL_SUFFIX
 from mmsplit.remote.repository import HubFile, HubRepository, is_safe_name
@@ -115,7 +116,7 @@ class HubCache:
 
     def find(self, file: HubFile) -> Path | None:
         """What the snapshot has, else the blob."""
-        return next((path for path in (self.path(file), self.blob(file)) if path.is_file()), None)
+        return next((path for path in (self.path(file), self.blob(file)) if is_regular(path)), None)
 
     def may_replace(self, file: HubFile) -> bool:  # noqa: ARG002
         """Whatever is called by a hash and does not have it is of no use to anybody."""
@@ -127,7 +128,7 @@ class HubCache:
 
     def is_in_place(self, file: HubFile) -> bool:
         """Whether the snapshot has it."""
-        return self.path(file).is_file()
+        return is_regular(self.path(file))
 
     def put_in_place(self, file: HubFile) -> None:
         """Link a blob that another snapshot brought, or copy it."""
@@ -215,7 +216,7 @@ class LocalFolder:
     def find(self, file: HubFile) -> Path | None:
         """The file of that name."""
         path = self.path(file)
-        return path if path.is_file() else None
+        return path if is_regular(path) else None
 
     def may_replace(self, file: HubFile) -> bool:
         """Whether it is a download that nobody touched since, such as that of an older commit."""

@@ -14,6 +14,7 @@ from mmsplit.remote.content_hash import ContentHash
 from mmsplit.remote.range_fetcher import RangeFetcher
 from mmsplit.remote.remote_file import DEFAULT_CONNECTIONS, RemoteFile
 from mmsplit.remote.repository import HubRepository
+from mmsplit.remote.small_ranges import SmallRanges
 from mmsplit.remote.transfer_log import TrafficSnapshot
 from mmsplit.workers import JobStream, WorkerGroup
 
@@ -26,6 +27,8 @@ _MOST_GUESSED_BYTES: Final = 8 << 20
 _MAX_FILE_BYTES: Final = 512 << 20
 #: Small files up to this much in all are kept, so that none is fetched twice.
 _KEPT_BYTES: Final = 64 << 20
+#: The same for small ranges of shards.
+_KEPT_RANGES_BYTES: Final = 32 << 20
 #: What model cards show; no model needs it.
 _MEDIA_SUFFIXES: Final = frozenset(
     f".{suffix}"
@@ -44,6 +47,7 @@ class HubStorage:
         self._connections = connections
         self._lock = threading.Lock()
         self._heads: dict[str, bytes] = {}
+        self._ranges = SmallRanges(_KEPT_RANGES_BYTES)
         self._kept: dict[str, bytes] = {}
         self._kept_bytes = 0
 
@@ -131,11 +135,12 @@ class HubStorage:
 
     def open_shard(self, name: str, io: IoMode, identity: Identity | None = None) -> RangeReader:  # noqa: ARG002
         """Open a shard to read single ranges of it."""
-        return _HubReader(self.repository.open_file(name), self._heads.get(name, b""), None, self._connections)
+        file = self.repository.open_file(name)
+        return _HubReader(file, self._heads.get(name, b""), self._ranges, None, self._connections)
 
     def open_readers(self, io: IoMode, identities: Mapping[str, Identity]) -> HubReaders:  # noqa: ARG002
         """Return readers that fetch ahead what is announced."""
-        return HubReaders(self.repository, self._heads, self._connections)
+        return HubReaders(self.repository, self._heads, self._ranges, self._connections)
 
     def published_sha256(self, name: str) -> str | None:
         """The SHA-256 in the Hub's listing; files outside large-file storage have none."""
@@ -157,9 +162,12 @@ class HubStorage:
 class HubReaders:
     """Readers of a repository's shards that share one `RangeFetcher`."""
 
-    def __init__(self, repository: HubRepository, heads: Mapping[str, bytes], connections: int) -> None:
+    def __init__(
+        self, repository: HubRepository, heads: Mapping[str, bytes], ranges: SmallRanges, connections: int
+    ) -> None:
         self._repository = repository
         self._heads = heads
+        self._ranges = ranges
         self._connections = connections
         self._fetcher = RangeFetcher(repository.open_file, connections)
 
@@ -176,9 +184,8 @@ class HubReaders:
     @contextmanager
     def lend(self, shard: str) -> Iterator[RangeReader]:
         """Lend a reader; nothing is requested for this."""
-        yield _HubReader(
-            self._repository.open_file(shard), self._heads.get(shard, b""), self._fetcher, self._connections
-        )
+        head = self._heads.get(shard, b"")
+        yield _HubReader(self._repository.open_file(shard), head, self._ranges, self._fetcher, self._connections)
 
     def cancel(self) -> None:
         """Wake everybody who waits for bytes."""
@@ -198,9 +205,12 @@ class HubReaders:
 class _HubReader:
     """Ranges of one shard: from what was fetched ahead, else by a request of their own."""
 
-    def __init__(self, file: RemoteFile, head: bytes, fetcher: RangeFetcher | None, connections: int) -> None:
+    def __init__(
+        self, file: RemoteFile, head: bytes, ranges: SmallRanges, fetcher: RangeFetcher | None, connections: int
+    ) -> None:
         self._file = file
         self._head = head
+        self._ranges = ranges
         self._fetcher = fetcher
         self._connections = connections
 
@@ -221,7 +231,7 @@ class _HubReader:
     def read(self, start: int, stop: int) -> bytes:
         if stop <= len(self._head):
             return self._head[start:stop]
-        return self._file.read(start, stop)
+        return self._ranges.read(self._file, start, stop)
 
     def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         found: dict[tuple[int, int], bytes] = {}

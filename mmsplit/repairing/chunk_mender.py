@@ -85,7 +85,7 @@ def _is_intact(partition: OpenPartition, chunk: int) -> bool:
         return False
     try:
         with partition.reader.borrow(start, stop, Scratch()) as view:
-            return xxhash.xxh3_64_intdigest(view) == int(partition.index[chunk]["stored_xxh3"])
+            return partition.has_digest(chunk, view)
     except (CheckpointError, IntegrityError):
         return False
 
@@ -180,7 +180,7 @@ class ChunkMender:
 
 
 class _RecordCheck:
-    """Holds bytes to the record of a chunk: length, stored checksum, and what they decode to; one per thread."""
+    """Holds bytes to the record of a chunk: length, checksum, digest, and what they decode to; one per thread."""
 
     def __init__(self, partition: OpenPartition) -> None:
         self._partition = partition
@@ -190,7 +190,11 @@ class _RecordCheck:
     def require(self, chunk: int, data: memoryview) -> None:
         """Raise `IntegrityError` unless these are the stored bytes of the chunk."""
         record = self._partition.index[chunk]
-        if len(data) != int(record["stored_bytes"]) or xxhash.xxh3_64_intdigest(data) != int(record["stored_xxh3"]):
+        if (
+            len(data) != int(record["stored_bytes"])
+            or xxhash.xxh3_64_intdigest(data) != int(record["stored_xxh3"])
+            or not self._partition.has_digest(chunk, data)
+        ):
             raise IntegrityError("it does not give the bytes that were stored")
         if raw_checksum(self._decoder, self._scratch, self._partition, chunk, data) != int(record["raw_xxh3"]):
             raise IntegrityError("decoded bytes are not those that were split")

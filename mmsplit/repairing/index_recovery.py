@@ -2,7 +2,7 @@
 
 Where a chunk begins follows from where the one before it ends, and what it says of itself follows from its bytes: a
 planes chunk has a prologue, a zstd frame an end, a raw chunk the length of its raw bytes.  So each record is made
-anew; where the old one agrees in place or checksum, it has its say.  The checksum of the whole index, which the
+anew; where the old one agrees in place or checksum, it has its say.  The digest of the whole index, which the
 manifest has, decides: what does not fit it is not used.
 """
 
@@ -16,11 +16,19 @@ import xxhash
 
 from mmsplit.checkpoint import FileReader, Scratch
 from mmsplit.codec import LAYOUTS, PLANES, RAW, ZSTD, ChunkDecoder, Encoded, layout_for, planes_end, zstd_end
+from mmsplit.digests import chunk_digest, sha256_of
 from mmsplit.errors import IntegrityError, MmsplitError
 from mmsplit.planning import iter_stored
 from mmsplit.repairing.planned_partition import planned_partition
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD, ChunkIndex, empty_index
-from mmsplit.sidecar.layout import CHUNK_ALIGNMENT, DATA_START, SLOT_ALIGNMENT, aligned, iter_slots
+from mmsplit.sidecar.layout import (
+    CHUNK_ALIGNMENT,
+    DATA_START,
+    RECORD_BYTES,
+    SLOT_ALIGNMENT,
+    aligned,
+    iter_slots,
+)
 from mmsplit.sidecar.manifest import Manifest
 
 
@@ -53,7 +61,7 @@ def recover_index(manifest: Manifest, reader: FileReader) -> ChunkIndex | None:
 
 def is_recorded_index(manifest: Manifest, data: bytes) -> bool:
     """Whether these are the bytes of the chunk index that the manifest was written with."""
-    return xxhash.xxh3_64_hexdigest(data) == manifest.index_xxh3
+    return sha256_of(data) == manifest.index_sha256
 
 
 def _iter_chunks(manifest: Manifest) -> Iterator[_Chunk]:
@@ -74,7 +82,7 @@ class _Recovery:
         self._old = empty_index(manifest.chunk_count)
         start = min(manifest.data_stop, reader.size_bytes)
         data = reader.read(start, min(start + self._old.nbytes, reader.size_bytes))
-        whole = len(data) // CHUNK_RECORD.itemsize
+        whole = len(data) // RECORD_BYTES
         self._old[:whole] = np.frombuffer(data, CHUNK_RECORD, whole)
 
     def record_of(self, chunk: _Chunk, begin: int) -> np.void | None:
@@ -130,6 +138,7 @@ class _Recovery:
         records[0]["tensor"] = chunk.tensor
         records[0]["codec"] = encoded.codec
         records[0]["layout"] = encoded.layout
+        records[0]["stored_blake3"] = chunk_digest(stored)
         record: np.void = records[0]
         return record
 

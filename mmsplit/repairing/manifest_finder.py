@@ -6,25 +6,23 @@ was written with it, and has its own checksums.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import zstandard
-
 from mmsplit.checkpoint import FileReader
+from mmsplit.digests import sha256_of
 from mmsplit.errors import CheckpointError, FormatError, IntegrityError
+from mmsplit.regular_files import read_regular
 from mmsplit.repairing.index_recovery import is_recorded_index
 from mmsplit.repairing.ledger import THE_SET
 from mmsplit.repairing.sources import SetCopy, first_that_has
-from mmsplit.sidecar.chunk_index import CHUNK_RECORD
-from mmsplit.sidecar.framing import HEADER_BYTES, TRAILER_BYTES, pack_header
-from mmsplit.sidecar.manifest import Manifest, parse_manifest, refuse_other_version
+from mmsplit.sidecar.framing import HEADER_BYTES, pack_header
+from mmsplit.sidecar.layout import RECORD_BYTES
+from mmsplit.sidecar.manifest import MANIFEST_START, MANIFEST_STOP, Manifest, parse_manifest, refuse_other_version
 from mmsplit.sidecar.output_files import output_errors
 from mmsplit.sidecar.partition_reader import MAX_MANIFEST_BYTES, read_manifest_copy
 from mmsplit.sidecar.set_manifest import PartitionEntry
 
-_ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 #: A manifest copy whose trailer is lost is looked for in so many last bytes of a payload.
 _SEARCHED_BYTES: Final = 256 << 20
 
@@ -54,14 +52,14 @@ def find_manifest(path: Path, entry: PartitionEntry | None, copies: tuple[SetCop
     payload = path.with_suffix(".bin")
     there = _read(path)
     carried = _carried(payload)
-    if carried is not None and entry is not None and digest_of(carried) != entry.manifest_sha256:
+    if carried is not None and entry is not None and sha256_of(carried) != entry.manifest_sha256:
         raise ForeignPayloadError(_name_of(carried, payload))
     if there is not None:
         refuse_other_version(there, str(path))
 
     def fits(data: bytes) -> bool:
         if entry is not None:
-            return digest_of(data) == entry.manifest_sha256
+            return sha256_of(data) == entry.manifest_sha256
         return data == carried if carried is not None else _describes(data, payload)
 
     def found(data: bytes, source: str) -> FoundManifest:
@@ -71,16 +69,11 @@ def find_manifest(path: Path, entry: PartitionEntry | None, copies: tuple[SetCop
         return found(there, str(path))
     if carried is not None:
         return found(carried, THE_SET)
-    for frame in _frames(payload):
-        if fits(frame):
-            return found(frame, THE_SET)
+    astray = _find_copy(payload)
+    if astray is not None and fits(astray):
+        return found(astray, THE_SET)
     offer = first_that_has(copies, lambda copy: copy.whole_file(path.name, MAX_MANIFEST_BYTES), fits)
     return None if offer is None else found(*offer)
-
-
-def digest_of(data: bytes) -> str:
-    """Return the digest of bytes as manifests write it."""
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def _read(path: Path) -> bytes | None:
@@ -88,7 +81,7 @@ def _read(path: Path) -> bytes | None:
         if not path.is_file() or path.stat().st_size > MAX_MANIFEST_BYTES:
             return None
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError:
         return None  # a disk that fails: its bytes are lost
 
@@ -114,7 +107,7 @@ def _describes(data: bytes, payload: Path) -> bool:
     try:
         manifest = parse_manifest(data, str(payload))
         with FileReader(payload, io="pread", changed_error=IntegrityError) as reader:
-            stop = manifest.data_stop + manifest.chunk_count * CHUNK_RECORD.itemsize
+            stop = manifest.data_stop + manifest.chunk_count * RECORD_BYTES
             if stop > reader.size_bytes:
                 return False
             index = is_recorded_index(manifest, reader.read(manifest.data_stop, stop))
@@ -124,22 +117,13 @@ def _describes(data: bytes, payload: Path) -> bool:
         return False
 
 
-def _frames(payload: Path) -> list[bytes]:
-    """Return what decodes from the payload's last bytes and looks like a manifest, its trailer being lost."""
+def _find_copy(payload: Path) -> bytes | None:
+    """Return what looks like a manifest copy in the payload's last bytes, its trailer being lost; None for nothing."""
     try:
         with FileReader(payload, io="pread", changed_error=IntegrityError) as reader:
             end = reader.read(max(0, reader.size_bytes - _SEARCHED_BYTES), reader.size_bytes)
     except (OSError, IntegrityError, CheckpointError):
-        return []
-    position = len(end)
-    while (position := end.rfind(_ZSTD_MAGIC, 0, position)) >= 0:
-        frame = end[position : len(end) - TRAILER_BYTES]
-        try:
-            size = zstandard.frame_content_size(frame)
-            if 0 < size <= MAX_MANIFEST_BYTES:
-                data = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=True)
-                if data.startswith(b"{"):
-                    return [data]
-        except (zstandard.ZstdError, MemoryError):
-            continue
-    return []
+        return None
+    start = end.rfind(MANIFEST_START)
+    stop = end.find(MANIFEST_STOP, start)
+    return None if start < 0 or stop < 0 else end[start : stop + len(MANIFEST_STOP)]

@@ -38,11 +38,15 @@ _MOVE_AWAY = "move it away, then repair again"
 
 @dataclass(frozen=True, kw_only=True)
 class RepairOptions:
-    """How to repair.  `check_chunks` False looks at manifests and structure only; `only_manifests` at the JSON only."""
+    """How to repair.  `check_chunks` False looks at manifests and structure only; `only_manifests` at the JSON only.
+
+    With `is_bound` the set manifest is that of a root digest that is trusted, and chunks are held to their digests.
+    """
 
     check_chunks: bool
     decode: bool
     only_manifests: bool
+    is_bound: bool
     dry_run: bool
     threads: int
     connections: int
@@ -85,7 +89,7 @@ class PartitionRepair:
             self._repair(part_id, path, entry)
             if not self._options.dry_run and not self._options.only_manifests and not self._is_left(part_id):
                 # The one judge of what is a partition has the last word.
-                open_partition_files(path, "pread").close()
+                open_partition_files(path, "pread", entry, is_bound=self._options.is_bound).close()
         except ForeignPayloadError as error:
             payload = path.with_suffix(".bin")
             self._ledger.leave(Fault(str(payload), f"{error.what}: {_MOVE_AWAY}", partition=part_id))
@@ -143,7 +147,7 @@ class PartitionRepair:
         fault = find_fault(found.records, [t.size_bytes for t in manifest.stored_tensors()], manifest.data_stop)
         if fault is not None:
             raise IntegrityError(f"chunk {fault[0]:,} {fault[1]}", path=reader.path)
-        partition = OpenPartition(path, manifest, found.records, reader)
+        partition = OpenPartition(path, manifest, found.records, reader, is_bound=self._options.is_bound)
         options = self._options
         counter = ProgressCounter("verify", reader.size_bytes, options.progress)
         damage = find_damage(partition, options.threads, counter, look=options.check_chunks, decode=options.decode)
@@ -151,12 +155,8 @@ class PartitionRepair:
         if found.source is not None and within and set(within) <= set(damage.chunks) and (patches or len(within) > 1):
             # Neither its index nor any chunk, nor, if there is but one, its header: it may be somebody else's.
             raise ForeignPayloadError("payload holds no byte of this partition")
-        tail = tail_patches(parts, reader, found, self._copies)
-        if isinstance(tail, Fault):
-            self._ledger.leave(tail)
-            size_bytes = max(reader.size_bytes, manifest.data_stop)
-        else:
-            patches, size_bytes = [*patches, *tail[0]], tail[1]
+        behind, size_bytes = tail_patches(parts, reader, found)
+        patches = [*patches, *behind]
         for fault_left in damage.hopeless:
             what = f"{fault_left.what}: it was stored wrong, split the partition again"
             self._ledger.leave(fault_left._replace(what=what))

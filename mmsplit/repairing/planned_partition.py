@@ -35,6 +35,7 @@ def _tensor(tensor: TensorEntry) -> TensorInfo:
         tensor.source_start,
         tensor.source_stop,
         tensor.params,
+        rows=tensor.rows,
         also=tensor.also,
         hidden=tensor.hidden,
     )

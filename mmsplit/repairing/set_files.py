@@ -7,22 +7,17 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from mmsplit.errors import (
-    CheckpointError,
-    FormatError,
-    IntegrityError,
-    NetworkError,
-    RequestError,
-)
+from mmsplit.digests import sha256_of
+from mmsplit.errors import CheckpointError, FormatError, IntegrityError, NetworkError
+from mmsplit.regular_files import read_regular
 from mmsplit.repairing.ledger import THE_SET, Ledger, Mended
-from mmsplit.repairing.manifest_finder import digest_of
 from mmsplit.repairing.sources import RepairSource, SetCopy
 from mmsplit.sidecar.manifest import parse_manifest
 from mmsplit.sidecar.output_directory import STATE_NAME
 from mmsplit.sidecar.output_files import output_errors, write_whole_file
 from mmsplit.sidecar.partition_reader import Fault, read_manifest_copy
 from mmsplit.sidecar.receiving_directory import read_published_set
-from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest, is_as_written
+from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest, is_as_written, require_root
 from mmsplit.sidecar.set_reader import read_set_manifest
 
 
@@ -51,15 +46,14 @@ def find_set_manifest(root: Path, copies: tuple[SetCopy, ...], root_digest: str 
         pass
     else:
         require_root(manifest.root_digest, root_digest, str(path))
-        data = path.read_bytes()
+        data = read_regular(path)
         if is_as_written(data):
             return FoundSet(manifest, data, None)
         return FoundSet(manifest, (json.dumps(json.loads(data), indent=1) + "\n").encode(), THE_SET)
     reasons = []
     for copy in copies:
         try:
-            published = read_published_set(copy.open(SET_MANIFEST_NAME))
-            require_root(published.root_digest, root_digest, published.location)
+            published = read_published_set(copy.open(SET_MANIFEST_NAME), root_digest)
             if root_digest is None:
                 _require_fit(root, published.manifest, published.location)
         except (NetworkError, FormatError, IntegrityError) as error:
@@ -78,19 +72,6 @@ def find_set_manifest(root: Path, copies: tuple[SetCopy, ...], root_digest: str 
     )
 
 
-def require_root(found: str, wanted: str | None, location: str) -> None:
-    """Raise `IntegrityError` unless a set has the root digest that is asked for, if one is."""
-    if wanted is None:
-        return
-    expected = (wanted if wanted.startswith("sha256:") else f"sha256:{wanted}").lower()
-    if len(expected) != len(found):
-        raise RequestError("not a root digest", found=wanted[:80], hint="Give sha256: and 64 hexadecimal digits.")
-    if expected != found:
-        raise IntegrityError(
-            "this is another set than the one asked for", path=location, expected=expected, found=found
-        )
-
-
 def _require_fit(root: Path, manifest: SetManifest, location: str) -> None:
     """Raise `IntegrityError` unless the set manifest is that of the partitions here, by their manifests' digests."""
     fitting = 0
@@ -107,13 +88,13 @@ def _require_fit(root: Path, manifest: SetManifest, location: str) -> None:
 def _digests_here(path: Path) -> set[str]:
     """Digests of a partition's manifest here: of its payload's copy, or where that is lost its file, if sound."""
     try:
-        return {digest_of(read_manifest_copy(path.with_suffix(".bin")))}
+        return {sha256_of(read_manifest_copy(path.with_suffix(".bin")))}
     except (OSError, IntegrityError, CheckpointError, FormatError):
         pass
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
         parse_manifest(data, str(path))
-        return {digest_of(data)}
+        return {sha256_of(data)}
     except (OSError, IntegrityError, FormatError):
         return set()
 
@@ -150,7 +131,7 @@ def repair_small_files(
             except (NetworkError, CheckpointError) as error:
                 reasons.append(f"{source.location}: {error.what}")
                 continue
-            if data is None or digest_of(data) != entry.sha256:
+            if data is None or sha256_of(data) != entry.sha256:
                 reasons.append(f"{source.location}: {'has another' if data else 'has no such file'}")
                 continue
             with output_errors(path):
@@ -167,6 +148,6 @@ def _what_is_wrong(path: Path, sha256: str) -> str | None:
     try:
         if not path.is_file():
             return "file of the model is missing"
-        return None if digest_of(path.read_bytes()) == sha256 else "file of the model is not as it was written"
+        return None if sha256_of(read_regular(path)) == sha256 else "file of the model is not as it was written"
     except OSError as error:
         return f"file of the model cannot be read: {error.strerror}"

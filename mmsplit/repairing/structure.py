@@ -1,6 +1,6 @@
 """What surrounds a payload's data, as it must be: file header before it; index, manifest copy and trailer behind it.
 
-All of it follows from the manifest but the chunk index, and that has its checksum there.
+All of it follows from the manifest but the chunk index, and that has its digest there.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import xxhash
-import zstandard
 
 from mmsplit.checkpoint import FileReader
 from mmsplit.errors import CheckpointError, IntegrityError
@@ -18,18 +16,10 @@ from mmsplit.repairing.ledger import THE_SET, Mended
 from mmsplit.repairing.manifest_finder import ForeignPayloadError
 from mmsplit.repairing.sources import SetCopy, first_that_has
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD, ChunkIndex
-from mmsplit.sidecar.framing import (
-    HEADER_BYTES,
-    TRAILER_BYTES,
-    Trailer,
-    is_sound_header,
-    pack_header,
-    pack_trailer,
-    parse_trailer,
-)
-from mmsplit.sidecar.layout import DATA_START
+from mmsplit.sidecar.framing import HEADER_BYTES, is_sound_header, pack_header
+from mmsplit.sidecar.layout import DATA_START, RECORD_BYTES
 from mmsplit.sidecar.manifest import Manifest
-from mmsplit.sidecar.partition_reader import Fault
+from mmsplit.sidecar.payload_tail import pack_tail
 
 
 class Patch(NamedTuple):
@@ -61,7 +51,7 @@ class PartitionParts(NamedTuple):
 def find_index(parts: PartitionParts, reader: FileReader, copies: tuple[SetCopy, ...]) -> FoundIndex | None:
     """Return the chunk index that the manifest describes, from the payload, else a copy, else made again."""
     manifest = parts.manifest
-    start, stop = manifest.data_stop, manifest.data_stop + manifest.chunk_count * CHUNK_RECORD.itemsize
+    start, stop = manifest.data_stop, manifest.data_stop + manifest.chunk_count * RECORD_BYTES
 
     def fits(data: bytes) -> bool:
         return len(data) == stop - start and is_recorded_index(manifest, data)
@@ -88,59 +78,33 @@ def header_patches(parts: PartitionParts, reader: FileReader) -> list[Patch]:
     return [_patch(parts, reader, 0, header, "file header", THE_SET)]
 
 
-def tail_patches(
-    parts: PartitionParts, reader: FileReader, found: FoundIndex, copies: tuple[SetCopy, ...]
-) -> tuple[list[Patch], int] | Fault:
+def tail_patches(parts: PartitionParts, reader: FileReader, found: FoundIndex) -> tuple[list[Patch], int]:
     """Return what puts index, manifest copy and trailer right, and the length of the payload then.
 
-    A fault is returned where the manifest copy cannot be made as it was: another version of zstd may write other bytes.
+    Raises `IntegrityError` if the set says another length: then its manifests contradict each other.
     """
     manifest, index = parts.manifest, found.records.tobytes()
-    start = manifest.data_stop + len(index)
-    size = reader.size_bytes if parts.payload_bytes is None else parts.payload_bytes
-    frame_stop = size - TRAILER_BYTES
-    last = read_if_there(reader, frame_stop, size)
-    trailer = None if last is None else parse_trailer(last, size)
-    if trailer is not None and not _leads_to(trailer, parts, start):
-        trailer = None
-
-    def fits(frame: bytes) -> bool:
-        if parts.payload_bytes is not None and start + len(frame) != frame_stop:
-            return False
-        if trailer is not None and xxhash.xxh3_64_intdigest(frame) != trailer.copy_xxh3:
-            return False
-        return _decodes_to(frame, parts.json)
-
-    frame, source = zstandard.ZstdCompressor(level=9).compress(parts.json), THE_SET
-    if not fits(frame):
-        there = read_if_there(reader, start, frame_stop)
-        offer = (there, THE_SET) if there is not None and fits(there) else None
-        if offer is None:
-            offer = first_that_has(copies, lambda copy: copy.range_of(manifest.payload_file, start, frame_stop), fits)
-        if offer is None:
-            what = "manifest copy or trailer is damaged, and this version of zstd does not make the copy as it was"
-            return Fault(str(reader.path), what, start, reader.size_bytes, manifest.part_id)
-        frame, source = offer
-    trailer = Trailer(
-        index_offset=manifest.data_stop,
-        copy_xxh3=xxhash.xxh3_64_intdigest(frame),
-        manifest_offset=start,
-        manifest_stored_bytes=len(frame),
-        manifest_bytes=len(parts.json),
-        manifest_xxh3=xxhash.xxh3_64_intdigest(parts.json),
-    )
-    stop = start + len(frame)
+    tail = pack_tail(index, manifest.data_stop, parts.json)
+    trailer = len(index) + len(parts.json)
+    size = manifest.data_stop + len(tail)
+    if parts.payload_bytes not in (None, size):
+        raise IntegrityError(
+            "set manifest and partition manifest say other lengths",
+            path=reader.path,
+            expected=f"{parts.payload_bytes:,} bytes",
+            found=f"{size:,}",
+        )
     pieces = (
-        (manifest.data_stop, index, "chunk index", found.source or THE_SET),
-        (start, frame, "manifest copy", source),
-        (stop, pack_trailer(trailer), "trailer", THE_SET),
+        (0, len(index), "chunk index", found.source or THE_SET),
+        (len(index), trailer, "manifest copy", THE_SET),
+        (trailer, len(tail), "trailer", THE_SET),
     )
     patches = [
-        _patch(parts, reader, offset, data, what, origin)
-        for offset, data, what, origin in pieces
-        if read_if_there(reader, offset, offset + len(data)) != data
+        _patch(parts, reader, manifest.data_stop + start, tail[start:stop], what, source)
+        for start, stop, what, source in pieces
+        if read_if_there(reader, manifest.data_stop + start, manifest.data_stop + stop) != tail[start:stop]
     ]
-    return patches, stop + TRAILER_BYTES
+    return patches, size
 
 
 def read_if_there(reader: FileReader, start: int, stop: int) -> bytes | None:
@@ -151,24 +115,6 @@ def read_if_there(reader: FileReader, start: int, stop: int) -> bytes | None:
         return reader.read(start, stop)
     except (CheckpointError, IntegrityError):
         return None
-
-
-def _leads_to(trailer: Trailer, parts: PartitionParts, start: int) -> bool:
-    """Whether the trailer is the one of this manifest, and so what it says of the copy is true."""
-    return (trailer.index_offset, trailer.manifest_offset, trailer.manifest_xxh3) == (
-        parts.manifest.data_stop,
-        start,
-        xxhash.xxh3_64_intdigest(parts.json),
-    )
-
-
-def _decodes_to(frame: bytes, json: bytes) -> bool:
-    try:
-        if zstandard.frame_content_size(frame) != len(json):
-            return False
-        return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False) == json
-    except zstandard.ZstdError:
-        return False
 
 
 def _patch(parts: PartitionParts, reader: FileReader, offset: int, data: bytes, what: str, source: str) -> Patch:

@@ -50,6 +50,7 @@ def check_chunks(
 ) -> int:
     """Hash every chunk, `decode` it, too, and require zeros between; return the payload bytes that were looked at.
 
+    Digests are compared where chunks are decoded, and where a root digest is trusted; else checksums only.
     `wanted` restricts that to some chunks, each with the padding after it.  Damage goes to `report`, from any thread.
     """
     with WorkerGroup() as group:
@@ -130,6 +131,9 @@ class _Checker:
         record = partition.index[chunk]
         if xxhash.xxh3_64_intdigest(stored) != int(record["stored_xxh3"]):
             self._report(chunk_fault(partition, chunk, "stored bytes are damaged", "chunk"))
+        elif (self._decoder is not None or partition.is_bound) and not partition.has_digest(chunk, stored):
+            what = "stored bytes are forged: they have their checksum, but not their digest"
+            self._report(chunk_fault(partition, chunk, what, "chunk"))
         elif self._decoder is not None:
             try:
                 if raw_checksum(self._decoder, self._decoded, partition, chunk, stored) != int(record["raw_xxh3"]):

@@ -10,6 +10,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from mmsplit.codec import KNOWN_CODECS, LAYOUTS, PLANES
+from mmsplit.digests import CHUNK_DIGEST_BYTES
 from mmsplit.sidecar.layout import (
     CHUNK_ALIGNMENT,
     CHUNK_BYTES,
@@ -19,7 +20,8 @@ from mmsplit.sidecar.layout import (
     chunk_count_of,
 )
 
-#: 40 bytes, little-endian, no padding.  `tensor` counts in the partition, `stored_offset` from the payload's start.
+#: `RECORD_BYTES`, little-endian, no padding.  `tensor` counts in the partition, `stored_offset` from the payload's
+#: start.
 CHUNK_RECORD: Final = np.dtype(
     [
         ("stored_offset", "<u8"),
@@ -31,6 +33,7 @@ CHUNK_RECORD: Final = np.dtype(
         ("codec", "u1"),
         ("layout", "u1"),
         ("reserved", "<u2"),
+        ("stored_blake3", f"V{CHUNK_DIGEST_BYTES}"),
     ]
 )
 

@@ -66,6 +66,8 @@ class ChunkLoader:
     def load(self, chunks: Iterator[Chunk], mode: ReadMode, *, verify: bool) -> None:
         """Bring every chunk to its place; with `verify` compare the checksums of its raw bytes.
 
+        Where the partition is bound by a root digest, each chunk's digest is compared before it is decoded.
+
         Chunks in the order of the payload are read fastest.  Raises `IntegrityError` with tensor and offset of what
         is damaged, `CheckpointError` if the disk fails; the memory then holds anything.
         """
@@ -141,9 +143,11 @@ class ChunkLoader:
     def _decode(self, job: _Range, stored: memoryview, decoder: ChunkDecoder, verify: bool) -> None:
         for chunk in job.chunks:
             start, stop, encoded = self._partition.encoded(chunk.number)
-            if not chunk.in_place:
-                with self._naming(chunk.tensor, start):
-                    decoder.decode(stored[start - job.start : stop - job.start], encoded, chunk.raw)
+            place = slice(start - job.start, stop - job.start)
+            with self._naming(chunk.tensor, start):
+                self._partition.require_bound(chunk.number, chunk.raw if chunk.in_place else stored[place])
+                if not chunk.in_place:
+                    decoder.decode(stored[place], encoded, chunk.raw)
             if verify:
                 self._require_checksum(chunk, start)
 

@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 
 import xxhash
 
+from mmsplit.digests import sha256_bytes
 from mmsplit.errors import FormatError
 from mmsplit.sidecar.layout import CHUNK_BYTES, DATA_START
 
@@ -15,7 +16,7 @@ MAGIC: Final = b"MMSPLIT\0"
 TRAILER_MAGIC: Final = b"MMSPLEND"
 
 _HEADER: Final = struct.Struct("<8sIIII32s32s")
-_TRAILER: Final = struct.Struct("<8sQQQQQQ")
+_TRAILER: Final = struct.Struct("<8sQQQQ")
 _IDENTITY: Final = struct.Struct("<8sI")
 _CHECKSUM: Final = struct.Struct("<Q")
 HEADER_BYTES: Final = _HEADER.size + _CHECKSUM.size
@@ -25,21 +26,18 @@ TRAILER_BYTES: Final = _TRAILER.size + _CHECKSUM.size
 class Trailer(NamedTuple):
     """The last bytes of a payload.  Offsets count from its start; `manifest_xxh3` is over the JSON itself.
 
-    The chunk index ends at `manifest_offset`, where the manifest's copy begins: one zstd frame of
-    `manifest_stored_bytes`.  `copy_xxh3` is over that frame: a frame has bits that a decoder ignores.
+    The chunk index ends at `manifest_offset`, where the manifest's copy begins; the trailer follows that.
     """
 
     index_offset: int
-    copy_xxh3: int
     manifest_offset: int
-    manifest_stored_bytes: int
     manifest_bytes: int
     manifest_xxh3: int
 
 
 def pack_header(part_id: int, num_parts: int, plan_digest: str, source_digest: str) -> bytes:
     """Return the payload's first `DATA_START` bytes."""
-    digests = (bytes.fromhex(digest.removeprefix("sha256:")) for digest in (plan_digest, source_digest))
+    digests = (sha256_bytes(digest) for digest in (plan_digest, source_digest))
     fields = _HEADER.pack(MAGIC, FORMAT_VERSION, part_id, num_parts, CHUNK_BYTES, *digests)
     return (fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields))).ljust(DATA_START, b"\0")
 
@@ -91,6 +89,6 @@ def parse_trailer(block: bytes, payload_bytes: int) -> Trailer | None:
     trailer = Trailer(*_TRAILER.unpack_from(block)[1:])
     fits = (
         DATA_START <= trailer.index_offset <= trailer.manifest_offset
-        and trailer.manifest_offset + trailer.manifest_stored_bytes + TRAILER_BYTES == payload_bytes
+        and trailer.manifest_offset + trailer.manifest_bytes + TRAILER_BYTES == payload_bytes
     )
     return trailer if fits else None

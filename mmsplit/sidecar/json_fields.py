@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 from mmsplit.checkpoint.weights_index import is_plain_name
+from mmsplit.digests import is_sha256
 from mmsplit.errors import FormatError, IntegrityError
 
 T = TypeVar("T")
@@ -82,7 +83,7 @@ class Fields:
     def sha256(self, key: str) -> str:
         """Return a digest written `sha256:` and 64 hex digits."""
         value = self.get(key, str)
-        if not value.startswith("sha256:") or not _is_hex(value[7:], 64):
+        if not is_sha256(value):
             self.fail(f"field {key!r} is not a digest of a kind known here")
         return value
 

@@ -21,6 +21,8 @@ SLOT_BYTES: Final = CHUNK_BYTES
 SLOT_ALIGNMENT: Final = 4096
 #: Chunks start on multiples of this many bytes, so that a raw tensor can be used where it lies.
 CHUNK_ALIGNMENT: Final = 64
+#: Length of a chunk's record in the index.
+RECORD_BYTES: Final = 72
 #: The payload's first slot starts here; before it is the file header.
 DATA_START: Final = SLOT_ALIGNMENT
 
@@ -82,5 +84,5 @@ def iter_slots(stored: Iterable[tuple[PlannedLayer, TensorInfo]]) -> Iterator[Sl
 
 def largest_payload_bytes(raw_bytes: int, chunk_count: int, slot_count: int) -> int:
     """Upper bound of a payload's size, whatever the codec makes of it (manifest copy left out)."""
-    slack = chunk_count * (CHUNK_ALIGNMENT + 40) + slot_count * SLOT_ALIGNMENT
+    slack = chunk_count * (CHUNK_ALIGNMENT + RECORD_BYTES) + slot_count * SLOT_ALIGNMENT
     return DATA_START + raw_bytes + slack + 2 * SLOT_ALIGNMENT

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from mmsplit.checkpoint.strided import reach_count
-from mmsplit.checkpoint.tensor import SourcePlace, TensorView
+from mmsplit.checkpoint.tensor import SourcePlace, TensorRows, TensorView
 from mmsplit.dtypes import DTYPES
 from mmsplit.errors import FormatError, IntegrityError
 from mmsplit.sidecar.framing import FORMAT_VERSION, require_version
@@ -20,7 +20,11 @@ from mmsplit.sidecar.json_fields import Fields, load_json_object
 from mmsplit.sidecar.layout import CHUNK_BYTES, DATA_START, chunk_count_of
 
 PARTITION_FORMAT: Final = "mmsplit-partition"
+#: With these a manifest, as it is written, begins and ends; neither occurs within one.
+MANIFEST_START: Final = b'{\n "format": "mmsplit-partition",\n'
+MANIFEST_STOP: Final = b"\n ]\n}\n"
 CHECKSUM_KIND: Final = "xxh3_64"
+CHUNK_DIGEST_KIND: Final = "blake3"
 #: The payload's header has 32 bits for part_id and num_parts.
 _MAX_PARTS: Final = 2**32 - 1
 
@@ -40,7 +44,8 @@ class TensorEntry(NamedTuple):
 
     `source_start` and `source_stop` are the half-open byte range in the source shard's file; `also` are other places of
     the source with the same bytes.  A `hidden` one is none of the state dict: only views see it, or nobody.  `xxh3` is
-    None in a layer that is not stored here.
+    None in a layer that is not stored here.  With `rows` this is only those rows of a tensor, and all else is said of
+    them.
     """
 
     name: str
@@ -54,6 +59,7 @@ class TensorEntry(NamedTuple):
     shard: str
     source_start: int
     source_stop: int
+    rows: TensorRows | None = None
     also: tuple[SourcePlace, ...] = ()
     hidden: bool = False
 
@@ -104,7 +110,7 @@ class Manifest(NamedTuple):
     payload_file: str
     data_stop: int
     chunk_count: int
-    index_xxh3: str
+    index_sha256: str
     stored_bytes: int
     layers: tuple[LayerEntry, ...]
 
@@ -140,10 +146,11 @@ def format_manifest(manifest: Manifest) -> bytes:
         "payload": {
             "file": manifest.payload_file,
             "checksum": CHECKSUM_KIND,
+            "digest": CHUNK_DIGEST_KIND,
             "chunk_bytes": CHUNK_BYTES,
             "chunk_count": manifest.chunk_count,
             "data_stop": manifest.data_stop,
-            "index_xxh3": manifest.index_xxh3,
+            "index_sha256": manifest.index_sha256,
         },
     }
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
@@ -183,6 +190,7 @@ def _view_json(view: TensorView) -> dict[str, object]:
 
 
 def _tensor_json(tensor: TensorEntry) -> dict[str, object]:
+    rows = tensor.rows
     also = [
         {"name": place.name, "shard": place.shard, "source_range": [place.start_offset, place.stop_offset]}
         for place in tensor.also
@@ -191,6 +199,7 @@ def _tensor_json(tensor: TensorEntry) -> dict[str, object]:
         "name": tensor.name,
         "dtype": tensor.dtype,
         "shape": tensor.shape,
+        **({} if rows is None else {"rows": {"start": rows.start, "stop": rows.stop, "shape": rows.shape}}),
         "params": tensor.params,
         "bytes": tensor.size_bytes,
         "xxh3": tensor.xxh3,
@@ -209,7 +218,8 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
         fields.fail(f"not the manifest of a partition: format is {fields.get('format', str)[:40]!r}")
     require_version(fields.values.get("format_version"), path)
     payload = fields.inner("payload")
-    for key, known in (("checksum", CHECKSUM_KIND), ("chunk_bytes", CHUNK_BYTES)):
+    kinds = (("checksum", CHECKSUM_KIND), ("digest", CHUNK_DIGEST_KIND), ("chunk_bytes", CHUNK_BYTES))
+    for key, known in kinds:
         if payload.values.get(key) != known:
             raise FormatError(
                 f"{key} is not one this mmsplit reads",
@@ -227,7 +237,7 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
         payload_file=payload.plain_name("file"),
         data_stop=payload.count("data_stop"),
         chunk_count=payload.count("chunk_count"),
-        index_xxh3=payload.xxh3("index_xxh3"),
+        index_sha256=payload.sha256("index_sha256"),
         stored_bytes=fields.count("stored_bytes"),
         layers=tuple(_parse_layer(layer) for layer in fields.each("layers")),
     )
@@ -304,9 +314,14 @@ def _parse_tensor(fields: Fields) -> TensorEntry:
         shard=fields.plain_name("shard"),
         source_start=start,
         source_stop=stop,
+        rows=None if fields.values.get("rows") is None else _parse_rows(fields.inner("rows")),
         also=tuple(_parse_place(place) for place in fields.each("also")) if "also" in fields.values else (),
         hidden=fields.optional("hidden", bool) is True,
     )
+
+
+def _parse_rows(fields: Fields) -> TensorRows:
+    return TensorRows(fields.count("start"), fields.count("stop"), _sizes(fields, "shape"))
 
 
 def _require_consistent(manifest: Manifest, fields: Fields) -> None:
@@ -331,12 +346,14 @@ def _require_consistent(manifest: Manifest, fields: Fields) -> None:
         position = layer.stop
         for tensor in layer.tensors:
             require(_fits_shape(tensor), "dtype and shape do not fit params and bytes", tensor.name)
+            require(_fits_rows(tensor), "rows do not fit the shape", tensor.name)
+            require(tensor.rows is None or layer.alias is None, "a tied tensor is sliced", tensor.name)
             for place in tensor.also:
                 same = place.stop_offset - place.start_offset == tensor.size_bytes
                 require(same, "another place of the source has another length", tensor.name)
-        sizes = {tensor.name: tensor.size_bytes for tensor in layer.tensors}
+        sizes = {tensor.name: tensor.size_bytes for tensor in layer.tensors if tensor.rows is None}
         for view in layer.views:
-            require(_view_fits(view, sizes.get(view.base, -1)), "view does not lie in its tensor", view.name)
+            require(_view_fits(view, sizes.get(view.base, -1)), "view does not lie in a whole tensor", view.name)
     require(position == manifest.data_stop, "the last layer does not end where the data ends")
     chunk = 0
     names: set[str] = set()
@@ -361,6 +378,14 @@ def _fits_shape(tensor: TensorEntry) -> bool:
     return known is None or (
         _product(tensor.shape) == tensor.params and tensor.params * known.bits == 8 * tensor.size_bytes
     )
+
+
+def _fits_rows(tensor: TensorEntry) -> bool:
+    """Whether a slice has the shape that its rows of the whole tensor have."""
+    if tensor.rows is None:
+        return True
+    start, stop, whole = tensor.rows
+    return bool(whole) and start < stop <= whole[0] and tensor.shape == (stop - start, *whole[1:])
 
 
 def _view_fits(view: TensorView, base_bytes: int) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import xxhash
-
+from mmsplit.digests import sha256_of
 from mmsplit.planning import PlannedLayer, PlannedPartition
 from mmsplit.sidecar.chunk_index import ChunkIndex, tensor_checksum
 from mmsplit.sidecar.layout import SLOT_ALIGNMENT, aligned, chunk_count_of
@@ -48,7 +47,7 @@ def build_manifest(
         payload_file=payload_file,
         data_stop=data_stop,
         chunk_count=len(index),
-        index_xxh3=xxhash.xxh3_64_hexdigest(index.tobytes()),
+        index_sha256=sha256_of(index.tobytes()),
         stored_bytes=stored_total,
         layers=tuple(layers),
     )
@@ -73,6 +72,7 @@ def _layer_entry(layer: PlannedLayer, index: ChunkIndex, first_chunk: int, start
                 tensor.shard,
                 tensor.start_offset,
                 tensor.stop_offset,
+                tensor.rows,
                 tensor.also,
                 tensor.hidden,
             )

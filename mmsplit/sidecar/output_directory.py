@@ -20,6 +20,7 @@ import xxhash
 
 from mmsplit.durable import make_directory
 from mmsplit.errors import MmsplitError, NoSpaceError, OutputError, OutputExistsError, OutputLockedError
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.framing import MAGIC
 from mmsplit.sidecar.layout import DATA_START
 from mmsplit.sidecar.manifest import manifest_name, parse_manifest, payload_name
@@ -147,7 +148,7 @@ class OutputDirectory:
 
     def _require_same_origin(self, path: Path, identity: Mapping[str, object]) -> None:
         try:
-            manifest = parse_manifest(path.read_bytes(), str(path))
+            manifest = parse_manifest(read_regular(path), str(path))
         except (MmsplitError, OSError) as error:
             raise OutputExistsError(
                 f"output holds a partition that cannot be read: {error}",
@@ -212,7 +213,7 @@ class OutputDirectory:
             may_be = bool(self.read_state().get(DELETED_KEY))
         except OutputExistsError:
             with output_errors(self.path / STATE_NAME):
-                may_be = KEPT_SOURCE_KEY.encode() in (self.path / STATE_NAME).read_bytes()
+                may_be = KEPT_SOURCE_KEY.encode() in read_regular(self.path / STATE_NAME)
         if may_be:
             raise OutputExistsError(
                 "output holds what mmsplit split --consume has deleted from its source: it is the only copy",
@@ -223,7 +224,7 @@ class OutputDirectory:
     def _read_set_manifest(self) -> SetManifest:
         path = self.path / SET_MANIFEST_NAME
         try:
-            return parse_set_manifest(path.read_bytes(), str(path))
+            return parse_set_manifest(read_regular(path), str(path))
         except (MmsplitError, OSError) as error:
             raise OutputExistsError(
                 f"output holds a set manifest that cannot be read: {error}",
@@ -326,7 +327,7 @@ def read_state_file(path: Path) -> dict[str, object] | None:
     """
     what = "it is not what was written"
     try:
-        state = json.loads(path.read_bytes())
+        state = json.loads(read_regular(path))
         if isinstance(state, dict) and state.pop("xxh3", None) == _state_checksum(state):
             return state
     except (FileNotFoundError, NotADirectoryError):

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Final
 
 from mmsplit import durable
+from mmsplit.checkpoint import FileReader, Scratch
 from mmsplit.errors import NoSpaceError, OutputError, OutputExistsError
 
 #: A file under construction is called NAME + this.
 PARTIAL_SUFFIX: Final = ".partial"
 _LONGEST_NAME_BYTES: Final = 255
 _NO_LINKS: Final = getattr(os, "O_NOFOLLOW", 0)
+_HASH_BYTES: Final = 4 << 20
 
 
 @contextmanager
@@ -90,7 +92,9 @@ def require_no_links(root: Path, name: str) -> None:
     folder = root
     for part in name.split("/")[:-1]:
         folder /= part
-        if folder.is_symlink():
+        with output_errors(folder):  # a name may be too long
+            is_link = folder.is_symlink()
+        if is_link:
             raise OutputExistsError(
                 f"a folder in the output is a link: {name} would be written elsewhere",
                 path=folder,
@@ -108,8 +112,24 @@ def write_whole_file(path: Path, data: bytes) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+    give_name(partial, path)
+
+
+def give_name(partial: Path, path: Path) -> None:
+    """Rename a file that is complete and synced, and make the name durable."""
+    with output_errors(path):
         os.replace(partial, path)
     sync_directory(path.parent)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the digest of a file in the output."""
+    digest, scratch = hashlib.sha256(), Scratch()
+    with output_errors(path), FileReader(path) as reader:
+        for start in range(0, reader.size_bytes, _HASH_BYTES):
+            with reader.borrow(start, min(start + _HASH_BYTES, reader.size_bytes), scratch) as view:
+                digest.update(view)
+    return f"sha256:{digest.hexdigest()}"
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -13,11 +13,12 @@ from typing import Final, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import xxhash
-import zstandard
 
 from mmsplit.checkpoint import FileReader, IoMode
 from mmsplit.codec import Encoded
+from mmsplit.digests import chunk_digest, sha256_of
 from mmsplit.errors import FormatError, IntegrityError, MissingPartitionError
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD, ChunkIndex, find_fault, tensor_checksum
 from mmsplit.sidecar.framing import (
     HEADER_BYTES,
@@ -27,7 +28,7 @@ from mmsplit.sidecar.framing import (
     parse_trailer,
     require_payload_header,
 )
-from mmsplit.sidecar.layout import DATA_START, SLOT_ALIGNMENT
+from mmsplit.sidecar.layout import DATA_START, RECORD_BYTES, SLOT_ALIGNMENT
 from mmsplit.sidecar.manifest import (
     LayerEntry,
     Manifest,
@@ -38,6 +39,7 @@ from mmsplit.sidecar.manifest import (
     refuse_other_version,
 )
 from mmsplit.sidecar.output_files import refuse_shortage
+from mmsplit.sidecar.set_manifest import PartitionEntry
 
 MAX_MANIFEST_BYTES: Final = 1 << 30
 _MANIFEST_NAME: Final = re.compile(r"^partition_(\d+)\.json$", re.ASCII)
@@ -69,13 +71,20 @@ Report = Callable[[Fault], None]
 
 
 class OpenPartition:
-    """A partition whose structure is sound: manifest, chunk index and an open payload."""
+    """A partition whose structure is sound: manifest, chunk index and an open payload.
 
-    def __init__(self, path: Path, manifest: Manifest, index: ChunkIndex, reader: FileReader) -> None:
+    With `is_bound` it was opened for somebody who trusts a root digest: manifest and index are those that the root
+    binds, and `require_bound` compares chunks.
+    """
+
+    def __init__(
+        self, path: Path, manifest: Manifest, index: ChunkIndex, reader: FileReader, *, is_bound: bool = False
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.index = index
         self.reader = reader
+        self.is_bound = is_bound
         self.tensors = manifest.stored_tensors()
 
     def encoded(self, chunk: int) -> tuple[int, int, Encoded]:
@@ -83,6 +92,17 @@ class OpenPartition:
         record = self.index[chunk]
         start, stored = int(record["stored_offset"]), int(record["stored_bytes"])
         return start, start + stored, Encoded(int(record["codec"]), int(record["layout"]), stored)
+
+    def has_digest(self, chunk: int, stored: memoryview) -> bool:
+        """Whether the stored bytes of a chunk have the digest that the index has of them."""
+        expected: bytes = self.index[chunk]["stored_blake3"].tobytes()
+        return chunk_digest(stored) == expected
+
+    def require_bound(self, chunk: int, stored: memoryview) -> None:
+        """Compare a chunk's digest where a root is trusted; to be called before anything decodes the bytes."""
+        if self.is_bound and not self.has_digest(chunk, stored):
+            del stored  # a traceback that holds a view of the file would keep it open
+            raise IntegrityError("stored bytes are not those that the root digest binds")
 
     def close(self) -> None:
         """Close the payload."""
@@ -95,8 +115,10 @@ class OpenPartition:
         self.close()
 
 
-def open_partition_files(path: Path, io: IoMode = "auto") -> OpenPartition:
-    """Open a partition by its manifest or payload; raises on the first fault."""
+def open_partition_files(
+    path: Path, io: IoMode = "auto", entry: PartitionEntry | None = None, *, is_bound: bool = False
+) -> OpenPartition:
+    """Open a partition by its manifest or payload; raises on the first fault.  For the rest `read_partition_files`."""
     if path.suffix == ".bin":
         path = path.with_suffix(".json")
 
@@ -106,24 +128,31 @@ def open_partition_files(path: Path, io: IoMode = "auto") -> OpenPartition:
             path=fault.file,
             tensor=fault.tensor,
             offset=fault.start,
-            hint=f"See all damage with: mmsplit verify {path}",
+            hint=f"See all damage with: mmsplit verify {path if entry is None else path.parent}",
         )
 
-    partition = read_partition_files(path, fail, io)
+    partition = read_partition_files(path, fail, io, entry, is_bound=is_bound)
     if partition is None:  # pragma: no cover - whatever prevents it has been reported
         raise IntegrityError("partition cannot be opened", path=path)
     return partition
 
 
-def read_partition_files(path: Path, report: Report, io: IoMode = "auto") -> OpenPartition | None:
+def read_partition_files(
+    path: Path, report: Report, io: IoMode = "auto", entry: PartitionEntry | None = None, *, is_bound: bool = False
+) -> OpenPartition | None:
     """Open a partition by its manifest at `path`, reporting every fault on the way; None if too little is sound.
 
-    Raises `FormatError` for a partition of a version not known here, and for what is no partition at all.
+    `entry` is what a set says of it, and `is_bound` that the entry is trusted: then nothing that its digest does not
+    bind is even parsed.  Raises `FormatError` for a partition of a version not known here, and for what is no
+    partition at all.
     """
     data = _read_manifest_file(path, report)
+    if data is not None and entry is not None and sha256_of(data) != entry.manifest_sha256:
+        report(Fault(str(path), "manifest is not the one the set was made with", 0, len(data)))
+    trusted = entry.manifest_sha256 if is_bound and entry is not None else None
     payload = path.with_suffix(".bin")
     if not payload.is_file():
-        if data is not None:
+        if data is not None and trusted in (None, sha256_of(data)):
             try:
                 parse_manifest(data, str(path))
             except IntegrityError as error:
@@ -137,7 +166,7 @@ def read_partition_files(path: Path, report: Report, io: IoMode = "auto") -> Ope
         report(Fault(str(payload), f"payload cannot be read: {error.strerror}"))
         return None
     try:
-        partition = _read_payload(path, data, reader, report)
+        partition = _read_payload(path, data, reader, report, trusted)
     except BaseException:
         reader.close()
         raise
@@ -162,7 +191,7 @@ def _read_manifest_file(path: Path, report: Report) -> bytes | None:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             report(Fault(str(path), f"manifest is larger than {MAX_MANIFEST_BYTES:,} bytes"))
             return None
-        return path.read_bytes()
+        return read_regular(path)
     except FileNotFoundError:
         report(Fault(str(path), "manifest is missing"))
         return None
@@ -172,7 +201,9 @@ def _read_manifest_file(path: Path, report: Report) -> bytes | None:
         return None
 
 
-def _read_payload(path: Path, data: bytes | None, reader: FileReader, report: Report) -> OpenPartition | None:
+def _read_payload(
+    path: Path, data: bytes | None, reader: FileReader, report: Report, trusted: str | None
+) -> OpenPartition | None:
     payload = str(reader.path)
     _require_payload(reader)
     trailer = _read_trailer(reader)
@@ -190,9 +221,9 @@ def _read_payload(path: Path, data: bytes | None, reader: FileReader, report: Re
     else:
         copy = _manifest_copy(reader, trailer)
         if copy is None:
-            stop = trailer.manifest_offset + trailer.manifest_stored_bytes
+            stop = trailer.manifest_offset + trailer.manifest_bytes
             report(Fault(payload, "payload's copy of the manifest is damaged", trailer.manifest_offset, stop))
-    manifest = _choose_manifest(path, data, trailer, copy, report)
+    manifest = _choose_manifest(path, data, trailer, copy, report, trusted)
     if manifest is None:
         return None
     header = pack_header(manifest.part_id, manifest.num_parts, manifest.plan_digest, manifest.source_digest)
@@ -209,11 +240,12 @@ def _read_payload(path: Path, data: bytes | None, reader: FileReader, report: Re
     named = _MANIFEST_NAME.match(path.name)
     if named and int(named[1]) != manifest.part_id:
         report(Fault(str(path), f"file holds partition {manifest.part_id}, not {named[1]}", partition=int(named[1])))
-    if trailer is not None and trailer.index_offset != manifest.data_stop:
+    index_stop = manifest.data_stop + manifest.chunk_count * RECORD_BYTES
+    if trailer is not None and (trailer.index_offset, trailer.manifest_offset) != (manifest.data_stop, index_stop):
         what = "payload's trailer does not lead to the manifest's chunk index"
         report(Fault(payload, what, reader.size_bytes - TRAILER_BYTES, reader.size_bytes, manifest.part_id))
-    index = _read_index(manifest, reader, report)
-    return None if index is None else OpenPartition(path, manifest, index, reader)
+    index = _read_index(manifest, reader, report, is_bound=trusted is not None)
+    return None if index is None else OpenPartition(path, manifest, index, reader, is_bound=trusted is not None)
 
 
 def _require_payload(reader: FileReader) -> None:
@@ -230,26 +262,22 @@ def _read_trailer(reader: FileReader) -> Trailer | None:
 def _manifest_copy(reader: FileReader, trailer: Trailer) -> bytes | None:
     if trailer.manifest_bytes > MAX_MANIFEST_BYTES:
         return None
-    frame = reader.read(trailer.manifest_offset, trailer.manifest_offset + trailer.manifest_stored_bytes)
-    if xxhash.xxh3_64_intdigest(frame) != trailer.copy_xxh3:
-        return None
-    try:
-        if zstandard.frame_content_size(frame) != trailer.manifest_bytes:
-            return None
-        data = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
-    except zstandard.ZstdError:
-        return None
+    data = reader.read(trailer.manifest_offset, trailer.manifest_offset + trailer.manifest_bytes)
     return data if xxhash.xxh3_64_intdigest(data) == trailer.manifest_xxh3 else None
 
 
 def _choose_manifest(
-    path: Path, data: bytes | None, trailer: Trailer | None, copy: bytes | None, report: Report
+    path: Path, data: bytes | None, trailer: Trailer | None, copy: bytes | None, report: Report, trusted: str | None
 ) -> Manifest | None:
-    """Return the manifest that the payload carries, else the one on disk."""
+    """Return the manifest that the payload carries, else the one on disk; only one of digest `trusted`, if given."""
+    if data is not None and trailer is not None:
+        is_other = data != copy if copy is not None else xxhash.xxh3_64_intdigest(data) != trailer.manifest_xxh3
+        if is_other:
+            report(Fault(str(path), "manifest is not the one written with this payload", 0, len(data)))
+    if trusted is not None:
+        data, copy = (None if text is None or sha256_of(text) != trusted else text for text in (data, copy))
     if data is not None:
         refuse_other_version(data, str(path))
-        if trailer is not None and xxhash.xxh3_64_intdigest(data) != trailer.manifest_xxh3:
-            report(Fault(str(path), "manifest is not the one written with this payload", 0, len(data)))
     try:
         if copy is not None:
             return parse_manifest(copy, str(path))
@@ -265,21 +293,23 @@ def _choose_manifest(
     return None
 
 
-def _read_index(manifest: Manifest, reader: FileReader, report: Report) -> ChunkIndex | None:
-    payload, size = str(reader.path), manifest.chunk_count * CHUNK_RECORD.itemsize
+def _read_index(manifest: Manifest, reader: FileReader, report: Report, *, is_bound: bool) -> ChunkIndex | None:
+    payload, size = str(reader.path), manifest.chunk_count * RECORD_BYTES
     start, stop = manifest.data_stop, manifest.data_stop + size
     if stop > reader.size_bytes or manifest.data_stop % SLOT_ALIGNMENT:
         report(Fault(payload, "payload is too short for its chunk index", start, stop, manifest.part_id))
         return None
     data = reader.read(start, stop)
-    if xxhash.xxh3_64_hexdigest(data) != manifest.index_xxh3:
+    if sha256_of(data) != manifest.index_sha256:
         report(Fault(payload, "chunk index is damaged", start, stop, manifest.part_id))
+        if is_bound:
+            return None
     index = np.frombuffer(data, CHUNK_RECORD)
     fault = find_fault(index, [tensor.size_bytes for tensor in manifest.stored_tensors()], manifest.data_stop)
     if fault is not None:
-        record = start + fault[0] * CHUNK_RECORD.itemsize
+        record = start + fault[0] * RECORD_BYTES
         what = f"chunk {fault[0]:,} {fault[1]}"
-        report(Fault(payload, what, record, record + CHUNK_RECORD.itemsize, manifest.part_id))
+        report(Fault(payload, what, record, record + RECORD_BYTES, manifest.part_id))
         return None
     for layer in manifest.layers:
         for fault_in_layer in _layer_faults(layer, manifest, index, str(reader.path)):

@@ -1,14 +1,14 @@
 """A partition arriving: its manifest, its chunk index, then its data, each checked before it counts as there.
 
-Strategy.  The set manifest binds the partition's manifest by SHA-256, that binds the chunk index, and the index binds
-every chunk; so whatever lies on disk, from an earlier run or with a flipped bit, is hashed, and exactly what is not
-right is fetched.  There is no journal that could lie.  Header and padding follow from the manifest and are not taken
-from anybody.  The payload is complete, synced and named before the manifest gets its name: no manifest, no partition.
+Strategy.  The set manifest binds the partition's manifest by SHA-256, that the chunk index likewise, and the index
+every chunk by BLAKE3; so whatever lies on disk, from an earlier run or with a flipped bit, is hashed, and exactly what
+is not right is fetched.  There is no journal that could lie.  Header and padding follow from the manifest and are not
+taken from anybody.  The payload is complete, synced and named before the manifest gets its name: no manifest, no
+partition.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from mmsplit.checkpoint import FileReader
+from mmsplit.digests import sha256_of
 from mmsplit.errors import IntegrityError, OutputExistsError
+from mmsplit.regular_files import read_regular
 from mmsplit.remote.remote_file import RemoteFile
 from mmsplit.sidecar.framing import pack_header
 from mmsplit.sidecar.manifest import Manifest, parse_manifest
@@ -120,8 +122,8 @@ class PartitionReceiver:
         for path in (self._json_path, self._json_partial):
             with output_errors(path):
                 if path.is_file() and path.stat().st_size <= MAX_MANIFEST_BYTES:
-                    data = path.read_bytes()
-                    if _sha256(data) == self.entry.manifest_sha256:
+                    data = read_regular(path)
+                    if sha256_of(data) == self.entry.manifest_sha256:
                         return data
         return None
 
@@ -133,7 +135,7 @@ class PartitionReceiver:
         for _ in range(FETCH_ATTEMPTS):
             data = file.read(0, file.size_bytes)
             self._fetched_bytes += len(data)
-            found = _sha256(data)
+            found = sha256_of(data)
             if found == self.entry.manifest_sha256:
                 return data
         raise IntegrityError(
@@ -176,7 +178,7 @@ class PartitionReceiver:
         if has_possible_tail(manifest, json, size):
             for attempt in range(1 + FETCH_ATTEMPTS):
                 tail = self._fetch_tail(file, manifest) if attempt else self._read_tail(manifest)
-                index = find_index(tail, manifest, json, size)
+                index = find_index(tail, manifest, json)
                 if index is not None:
                     return Published(file, manifest, tail, PayloadPieces(index, manifest.data_stop))
         raise IntegrityError(
@@ -236,7 +238,3 @@ def _write_unsynced(path: Path, data: bytes) -> None:
 
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL_SUFFIX)
-
-
-def _sha256(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import xxhash
 
+from mmsplit.digests import chunk_digest
 from mmsplit.sidecar.chunk_index import ChunkIndex
 from mmsplit.sidecar.layout import SLOT_ALIGNMENT, SLOT_BYTES
 from mmsplit.sidecar.manifest import Manifest
@@ -68,9 +69,12 @@ class PayloadPieces:
         return self._data_stop - self._offset(0) if len(self) else 0
 
     def first_damaged(self, piece: Piece, data: memoryview) -> int | None:
-        """Return the first chunk whose bytes are not those that were written; None if all are."""
+        """Return the first chunk whose bytes have another checksum or digest than the index says; None if none has."""
         for chunk, (begin, end) in self._places(piece):
-            if xxhash.xxh3_64_intdigest(data[begin:end]) != int(self._index[chunk]["stored_xxh3"]):
+            record, stored = self._index[chunk], data[begin:end]
+            if xxhash.xxh3_64_intdigest(stored) != int(record["stored_xxh3"]):
+                return chunk
+            if chunk_digest(stored) != record["stored_blake3"].tobytes():
                 return chunk
         return None
 

@@ -17,12 +17,12 @@ from typing import Final
 
 import numpy as np
 import xxhash
-import zstandard
 
 from mmsplit.checkpoint import FileReader, Scratch
+from mmsplit.digests import chunk_digest, sha256_of
 from mmsplit.errors import IntegrityError, MmsplitError, OutputError
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD, ChunkIndex, empty_index
-from mmsplit.sidecar.framing import Trailer, pack_trailer
 from mmsplit.sidecar.layout import CHUNK_ALIGNMENT, DATA_START, SLOT_ALIGNMENT, Slot, aligned
 from mmsplit.sidecar.manifest import parse_manifest
 from mmsplit.sidecar.output_files import (
@@ -35,6 +35,7 @@ from mmsplit.sidecar.output_files import (
 )
 from mmsplit.sidecar.partition_reader import read_manifest_copy
 from mmsplit.sidecar.payload_file import PayloadFile
+from mmsplit.sidecar.payload_tail import pack_tail
 from mmsplit.workers import Stopped
 
 JOURNAL_SUFFIX: Final = ".journal"
@@ -80,7 +81,7 @@ class PayloadWriter:
             manifest = parse_manifest(copy, str(self.payload))
             with FileReader(self.payload, changed_error=IntegrityError) as reader:
                 index = reader.read(manifest.data_stop, manifest.data_stop + self.index.nbytes)
-                if xxhash.xxh3_64_hexdigest(index) == manifest.index_xxh3:
+                if sha256_of(index) == manifest.index_sha256:
                     self.index[:] = np.frombuffer(index, CHUNK_RECORD)
                     whole = self._matches(reader, slots, on_slot)
         except (OSError, MmsplitError):
@@ -95,7 +96,7 @@ class PayloadWriter:
             if not whole:
                 manifest_path.unlink(missing_ok=True)
                 return False
-            if not manifest_path.is_file() or manifest_path.read_bytes() != copy:
+            if not manifest_path.is_file() or read_regular(manifest_path) != copy:
                 write_whole_file(manifest_path, copy)
             # Killed between the payload's name and the end of `finish`, a run leaves its journal.
             self._journal_path.unlink(missing_ok=True)
@@ -124,7 +125,7 @@ class PayloadWriter:
         Each is re-hashed, then reported to `on_slot`.  Call before `open`.
         """
         try:
-            journal = self._journal_path.read_bytes()
+            journal = read_regular(self._journal_path)
             reader = FileReader(self._partial, changed_error=IntegrityError)
         except OSError:
             return
@@ -209,17 +210,7 @@ class PayloadWriter:
         """Complete the payload with index, manifest copy and trailer; give it, then the manifest, its name."""
         if self._file is None:
             raise OutputError("payload is not open", path=self._partial)
-        index = self.index.tobytes()
-        copy = zstandard.ZstdCompressor(level=9).compress(manifest)
-        trailer = Trailer(
-            index_offset=self._data_stop,
-            copy_xxh3=xxhash.xxh3_64_intdigest(copy),
-            manifest_offset=self._data_stop + len(index),
-            manifest_stored_bytes=len(copy),
-            manifest_bytes=len(manifest),
-            manifest_xxh3=xxhash.xxh3_64_intdigest(manifest),
-        )
-        tail = index + copy + pack_trailer(trailer)
+        tail = pack_tail(self.index.tobytes(), self._data_stop, manifest)
         self._file.write(self._data_stop, tail)
         self._file.finish(self._data_stop + len(tail))
         self.close()
@@ -276,7 +267,7 @@ class PayloadWriter:
 
 
 def _intact_slot(slot: Slot, records: ChunkIndex, start: int, reader: FileReader, scratch: Scratch) -> int | None:
-    """Return where the slot ends if its records fit the plan and its bytes have their checksums, else None."""
+    """Return where the slot ends if its records fit the plan and its chunks have their digests, else None."""
     position = start
     for chunk, record in zip(slot.chunks, records, strict=True):
         offset, stored = int(record["stored_offset"]), int(record["stored_bytes"])
@@ -298,6 +289,8 @@ def _intact_slot(slot: Slot, records: ChunkIndex, start: int, reader: FileReader
                 begin = int(record["stored_offset"]) - start
                 end = begin + int(record["stored_bytes"])
                 if any(view[position:begin]) or xxhash.xxh3_64_intdigest(view[begin:end]) != int(record["stored_xxh3"]):
+                    return None
+                if chunk_digest(view[begin:end]) != record["stored_blake3"].tobytes():
                     return None
                 position = end
             return None if any(view[position:]) else stop

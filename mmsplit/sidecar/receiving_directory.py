@@ -7,7 +7,6 @@ directory that has it already, partitions of the same set come one by one.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -15,8 +14,10 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from mmsplit.checkpoint.directory import MAX_SMALL_FILE_BYTES
+from mmsplit.digests import sha256_of
 from mmsplit.durable import make_directory
 from mmsplit.errors import FormatError, IntegrityError, OutputExistsError
+from mmsplit.regular_files import read_regular
 from mmsplit.remote.remote_file import GoOn, RemoteFile
 from mmsplit.sidecar.json_fields import load_json_object
 from mmsplit.sidecar.output_directory import STATE_NAME, OutputDirectory
@@ -54,8 +55,8 @@ class PublishedSet(NamedTuple):
     location: str
 
 
-def read_published_set(file: RemoteFile) -> PublishedSet:
-    """Fetch and check the set manifest.
+def read_published_set(file: RemoteFile, root_digest: str | None = None) -> PublishedSet:
+    """Fetch and check the set manifest; with `root_digest` only the one that it stands for will do.
 
     Raises `IntegrityError` if it, or a part of it, is not what was written, or if it cannot be written to a directory
     without harm.
@@ -67,7 +68,7 @@ def read_published_set(file: RemoteFile) -> PublishedSet:
         data = file.read(0, file.size_bytes)
         if is_as_written(data):
             break
-    manifest = parse_set_manifest(data, file.location)
+    manifest = parse_set_manifest(data, file.location, root_digest)
     if not is_as_written(data):
         raise IntegrityError(
             "set manifest says what was written, but not in the same bytes",
@@ -153,7 +154,7 @@ class ReceivingDirectory:
             if not self._path.exists():
                 os.replace(self._partial, self._path)
                 sync_directory(self._out.path)
-            elif self._path.read_bytes() != self._published.data:
+            elif read_regular(self._path) != self._published.data:
                 write_whole_file(self._path, self._published.data)
             (self._out.path / STATE_NAME).unlink(missing_ok=True)
         sync_directory(self._out.path)
@@ -163,7 +164,7 @@ class ReceivingDirectory:
         with output_errors(path):
             if not path.is_file() or path.stat().st_size > MAX_MANIFEST_BYTES:
                 return False
-            data = path.read_bytes()
+            data = read_regular(path)
         if data == self._published.data:
             return True
         if path == self._partial:
@@ -190,7 +191,7 @@ class ReceivingDirectory:
         found = None
         with output_errors(place):
             if place.is_file():
-                found = f"sha256:{hashlib.sha256(place.read_bytes()).hexdigest()}"
+                found = sha256_of(read_regular(place))
         if found == entry.sha256:
             return False
         if found is not None and ((self._force and self.has_this_set) or found in self._digests_of_ours(entry.name)):
@@ -220,7 +221,7 @@ def _fetch_small_file(entry: FileEntry, open_file: Callable[[str], RemoteFile], 
         for _ in range(FETCH_ATTEMPTS):
             data = file.read(0, entry.size_bytes, go_on)
             fetched += len(data)
-            found = f"sha256:{hashlib.sha256(data).hexdigest()}"
+            found = sha256_of(data)
             if found == entry.sha256:
                 return data, fetched
     raise IntegrityError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from mmsplit.errors import OutputError
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.output_files import output_errors
 from mmsplit.sidecar.partition_reader import Fault
 from mmsplit.sidecar.scrub import Stretch
@@ -29,14 +30,15 @@ class HistoryEntry(NamedTuple):
     """One verification, begun at `time` (UTC).
 
     What was verified is `of`: the root digest of a set, or the digest of the manifest of the single partition
-    `partition`; None where that could not be read.  `stretches` are the places that were looked at, `subset` and
-    `since` how they were asked for.
+    `partition`; None where that could not be read.  `digests` says whether chunks were held to their digests, too.
+    `stretches` are the places that were looked at, `subset` and `since` how they were asked for.
     """
 
     time: datetime
     of: str | None
     partition: int | None
     level: str
+    digests: bool
     subset: str | None
     since: datetime | None
     stretches: tuple[Stretch, ...]
@@ -73,16 +75,19 @@ def read_entries(path: Path) -> tuple[HistoryEntry, ...]:
     """Return the lines that are whole, in their order; none if there is no such file."""
     with output_errors(path):
         try:
-            lines = path.read_bytes().splitlines()
+            lines = read_regular(path).splitlines()
         except FileNotFoundError:
             return ()
     return tuple(entry for entry in map(_parse, lines) if entry is not None)
 
 
-def verified_since(entries: Iterable[HistoryEntry], of: str, level: str, since: datetime) -> tuple[Stretch, ...]:
+def verified_since(
+    entries: Iterable[HistoryEntry], of: str, level: str, since: datetime, *, digests: bool
+) -> tuple[Stretch, ...]:
     """Return the places of the set, or partition, `of` that were found sound at `level`, or above, from `since` on.
 
-    A verification that found anything wrong counts for nothing: what was repaired since is looked at again.
+    With `digests` only what was held to its digests counts.  A verification that found anything wrong counts for
+    nothing: what was repaired since is looked at again.
     """
     return tuple(
         stretch
@@ -91,6 +96,7 @@ def verified_since(entries: Iterable[HistoryEntry], of: str, level: str, since: 
         and entry.faults == 0
         and entry.time >= since
         and _LEVELS.index(entry.level) >= _LEVELS.index(level)
+        and (entry.digests or not digests)
         for stretch in entry.stretches
     )
 
@@ -105,6 +111,7 @@ def _parse(line: bytes) -> HistoryEntry | None:
             of=values["of"],
             partition=values["partition"],
             level=values["level"],
+            digests=values["digests"],
             subset=values["subset"],
             since=None if values["since"] is None else datetime.fromisoformat(values["since"]).astimezone(UTC),
             stretches=tuple(Stretch(int(start), int(stop)) for start, stop in values["stretches"]),
@@ -114,7 +121,7 @@ def _parse(line: bytes) -> HistoryEntry | None:
         )
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
-    return entry if entry.level in _LEVELS else None
+    return entry if entry.level in _LEVELS and isinstance(entry.digests, bool) else None
 
 
 def _text_of(time: datetime) -> str:

@@ -39,17 +39,26 @@ class ScrubRun:
     """A scrub of one set, or of one partition.
 
     `of` is its digest, None if that could not be read; `partition` is the single partition's number.  `payload_bytes`
-    are the lengths that the payloads should have, in order.  Raises `RequestError` for what cannot be done.
+    are the lengths that the payloads should have, in order.  With `is_bound` a root digest is trusted, so what the
+    history has counts only if chunks were held to their digests.  Raises `RequestError` for what cannot be done.
     """
 
     def __init__(
-        self, scrub: Scrub, level: str, of: str | None, partition: int | None, payload_bytes: Sequence[int]
+        self,
+        scrub: Scrub,
+        level: str,
+        of: str | None,
+        partition: int | None,
+        payload_bytes: Sequence[int],
+        *,
+        is_bound: bool = False,
     ) -> None:
         self.pace = None if scrub.max_rate is None else Pace(scrub.max_rate)
         self._subset = Subset(1, 1) if scrub.subset is None else parse_subset(scrub.subset)
         self._level = level
         self._of = of
         self._partition = partition
+        self._is_bound = is_bound
         self._scrub = scrub
         self._begun = scrub.now()
         self._starts = [0, *accumulate(payload_bytes)]
@@ -82,6 +91,7 @@ class ScrubRun:
             of=self._of,
             partition=self._partition,
             level=self._level,
+            digests=self._level == "full" or (self._is_bound and self._level != "quick"),
             subset=self._scrub.subset,
             since=self._since,
             stretches=self._stretches,
@@ -106,4 +116,4 @@ class ScrubRun:
             return ()
         # A clock that was wrong must not keep chunks from being verified for years.
         past = [entry for entry in read_entries(Path(self._scrub.history)) if entry.time <= self._begun]
-        return verified_since(past, self._of, self._level, self._since)
+        return verified_since(past, self._of, self._level, self._since, digests=self._is_bound)

@@ -7,7 +7,6 @@ of the small files and of the partition manifests.  `root_digest` is over all of
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 from typing import Final, NamedTuple
 
@@ -15,6 +14,7 @@ import zstandard
 
 from mmsplit.checkpoint.weights_index import folded_name
 from mmsplit.codec import CODEC_NAMES
+from mmsplit.digests import sha256_of
 from mmsplit.errors import IntegrityError
 from mmsplit.sidecar.framing import FORMAT_VERSION, require_version
 from mmsplit.sidecar.json_fields import Fields, load_json_object
@@ -75,7 +75,7 @@ class FileEntry(NamedTuple):
 
 
 class PartitionEntry(NamedTuple):
-    """One partition: file names, and the digest of its manifest, which binds the payload's chunk checksums."""
+    """One partition: file names, and the digest of its manifest, which binds the chunk index, and so every chunk."""
 
     part_id: int
     manifest_file: str
@@ -114,7 +114,7 @@ class SetManifest(NamedTuple):
     @property
     def root_digest(self) -> str:
         """SHA-256 over the canonical JSON (sorted keys, no white space) of everything else."""
-        return "sha256:" + hashlib.sha256(_canonical(_as_json(self))).hexdigest()
+        return sha256_of(_canonical(_as_json(self)))
 
 
 def format_set_manifest(manifest: SetManifest) -> bytes:
@@ -134,8 +134,23 @@ def is_as_written(data: bytes) -> bool:
         return False
 
 
-def parse_set_manifest(data: bytes, path: str) -> SetManifest:
-    """Parse and check a set manifest; raises `FormatError` or `IntegrityError`."""
+def require_root(found: str, wanted: str | None, path: str) -> None:
+    """Raise `IntegrityError` unless a set has the root digest that is wanted, if one is."""
+    if wanted is not None and found != wanted:
+        raise IntegrityError(
+            "another set than the one of this root digest",
+            path=path,
+            expected=wanted,
+            found=found,
+            hint="Check the digest, and where the set came from.",
+        )
+
+
+def parse_set_manifest(data: bytes, path: str, root_digest: str | None = None) -> SetManifest:
+    """Parse and check a set manifest, and that it is the one of `root_digest`, if given.
+
+    Raises `FormatError` or `IntegrityError`.
+    """
     fields = Fields(load_json_object(data, path), path)
     ours = fields.values.get("format") == SET_FORMAT
     version = fields.values.get("format_version")
@@ -145,7 +160,7 @@ def parse_set_manifest(data: bytes, path: str) -> SetManifest:
         fields.fail(f"not the manifest of a partition set: format is {str(fields.values.get('format'))[:40]!r}")
     # The root digest is over the JSON as it stands, so that a field of a later minor addition is bound, too.
     rest = {key: value for key, value in fields.values.items() if key != "root_digest"}
-    expected, found = fields.values.get("root_digest"), "sha256:" + hashlib.sha256(_canonical(rest)).hexdigest()
+    expected, found = fields.values.get("root_digest"), sha256_of(_canonical(rest))
     if expected != found:
         raise IntegrityError(
             "set manifest is not what was written: root digest does not fit",
@@ -154,6 +169,7 @@ def parse_set_manifest(data: bytes, path: str) -> SetManifest:
             found=found,
             hint="Copy it again from where the set came from.",
         )
+    require_root(found, root_digest, path)
     if not ours or type(version) is not int:
         fields.fail("not the manifest of a partition set of a version known here")
     source = fields.inner("source")
@@ -248,7 +264,10 @@ def _shard(fields: Fields) -> ShardEntry:
         fields.fail("sha256 is null and cannot be the published one")
     sha256 = None if no_sha256 else fields.sha256("sha256")
     kept = parse_kept(fields.inner("kept"))
-    return ShardEntry(fields.plain_name("name"), fields.count("bytes"), sha256, kept, is_published)
+    entry = ShardEntry(fields.plain_name("name"), fields.count("bytes"), sha256, kept, is_published)
+    if kept.size_bytes > entry.size_bytes:
+        fields.fail("more bytes are kept of a shard than it has")
+    return entry
 
 
 def kept_json(kept: KeptBytes) -> dict[str, object]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 from mmsplit.checkpoint import IoMode
+from mmsplit.digests import parse_root_digest
 from mmsplit.errors import FormatError, IntegrityError
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.output_directory import STATE_NAME, UNFINISHED_MERGE_NAME
 from mmsplit.sidecar.partition_reader import (
     MAX_MANIFEST_BYTES,
@@ -15,7 +16,7 @@ from mmsplit.sidecar.partition_reader import (
     open_partition_files,
     require_partition,
 )
-from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest, parse_set_manifest
+from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, PartitionEntry, SetManifest, parse_set_manifest
 
 
 class SetPath(NamedTuple):
@@ -40,12 +41,15 @@ def resolve_set_path(path: Path) -> SetPath:
     )
 
 
-def read_set_manifest(root: Path, *, may_be_begun: bool = False) -> SetManifest:
-    """Read the set manifest in `root`.  Raises `FormatError` where there is none, saying why if it can be told.
+def read_set_manifest(root: Path, root_digest: str | None = None, *, may_be_begun: bool = False) -> SetManifest:
+    """Read the set manifest in `root`; with `root_digest`, as a person writes it, only the one that it stands for.
 
-    Also for a set that a merge has begun to delete, unless it `may_be_begun`.
+    Raises `FormatError` where there is none, saying why if it can be told, `IntegrityError` for another one,
+    `RequestError` for what is no digest; `FormatError` also for a set that a merge has begun to delete, unless it
+    `may_be_begun`.
     """
     path = root / SET_MANIFEST_NAME
+    wanted = None if root_digest is None else parse_root_digest(root_digest)
     if not may_be_begun and (root / UNFINISHED_MERGE_NAME).exists():
         raise FormatError(
             "this set is no more whole: mmsplit merge --consume has begun to delete it, and is not finished",
@@ -55,13 +59,19 @@ def read_set_manifest(root: Path, *, may_be_begun: bool = False) -> SetManifest:
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise IntegrityError("set manifest is too large", path=path, found=path.stat().st_size)
-        return parse_set_manifest(path.read_bytes(), str(path))
+        return parse_set_manifest(read_regular(path), str(path), wanted)
     except FileNotFoundError:
         if (root / STATE_NAME).exists():
             raise FormatError(
                 "the split into this directory is not finished",
                 path=root,
                 hint="Run the same split again with --resume.",
+            ) from None
+        if wanted is not None and _manifests_in(root):
+            raise FormatError(
+                f"nothing here ties a partition to the root digest: {SET_MANIFEST_NAME} is missing",
+                path=root,
+                hint="Fetch that file from where the partition came from; it is small, and no other is needed.",
             ) from None
         raise FormatError(
             f"no partition set here: {SET_MANIFEST_NAME} is missing",
@@ -74,12 +84,25 @@ def read_set_manifest(root: Path, *, may_be_begun: bool = False) -> SetManifest:
 
 def _no_set_hint(root: Path) -> str:
     """Say what single partitions lack, where there are any: a node may have fetched just its own."""
-    names = sorted(path.name for path in root.glob("partition_*.json"))
+    names = _manifests_in(root)
     if not names:
         return "Give the directory that mmsplit split wrote."
     return (
         f"Partitions that were made one at a time are no set before all are here; name one of them: {root / names[0]}."
     )
+
+
+def _manifests_in(root: Path) -> list[str]:
+    return sorted(path.name for path in root.glob("partition_*.json"))
+
+
+def entry_of_file(manifest: SetManifest, path: Path) -> PartitionEntry:
+    """Return what a set says of the partition whose manifest is at `path`.  Raises `FormatError` if it has none."""
+    for entry in manifest.partitions:
+        if entry.manifest_file == path.name:
+            return entry
+    last = len(manifest.partitions) - 1
+    raise FormatError("the set has no partition of this name", path=path, expected=f"partition_0 to partition_{last}")
 
 
 def missing_partitions(root: Path, manifest: SetManifest) -> tuple[int, ...]:
@@ -91,28 +114,14 @@ def missing_partitions(root: Path, manifest: SetManifest) -> tuple[int, ...]:
     )
 
 
-def open_partition_of_set(root: Path, manifest: SetManifest, part_id: int, io: IoMode) -> OpenPartition:
+def open_partition_of_set(
+    root: Path, manifest: SetManifest, part_id: int, io: IoMode, *, is_bound: bool = False
+) -> OpenPartition:
     """Open a partition and hold it to the set; a sound partition of another set raises `IntegrityError`.
 
-    Raises `MissingPartitionError` if it is not there.
+    `is_bound` says that the set manifest was read by a root digest that the caller trusts.  Raises
+    `MissingPartitionError` if the partition is not there.
     """
     require_partition(root, part_id)
     entry = manifest.partitions[part_id]
-    partition = open_partition_files(root / entry.manifest_file, io)
-    try:
-        try:
-            found = f"sha256:{hashlib.sha256(partition.path.read_bytes()).hexdigest()}"
-        except OSError as error:
-            raise IntegrityError(f"manifest cannot be read: {error.strerror}", path=partition.path) from error
-        if found != entry.manifest_sha256:
-            raise IntegrityError(
-                "partition is not of this set",
-                path=partition.path,
-                expected=entry.manifest_sha256,
-                found=found,
-                hint="Copy the right partition into the set.",
-            )
-    except BaseException:
-        partition.close()
-        raise
-    return partition
+    return open_partition_files(root / entry.manifest_file, io, entry, is_bound=is_bound)

@@ -8,13 +8,13 @@ block of one piece is put before the next, and each block is written once.
 from __future__ import annotations
 
 import hashlib
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 from mmsplit.checkpoint import aligned_buffer
 from mmsplit.errors import IntegrityError
 from mmsplit.sidecar.layout import SLOT_ALIGNMENT
-from mmsplit.sidecar.output_files import output_errors, partial_path, sync_directory
+from mmsplit.sidecar.output_files import give_name, partial_path
 from mmsplit.sidecar.payload_file import PayloadFile
 from mmsplit.sidecar.set_manifest import ShardEntry
 
@@ -40,13 +40,17 @@ class ShardBlock:
 
 
 class ShardWriter:
-    """Takes the blocks of one shard in order, to hash them and to write them; one thread may do each."""
+    """Takes the blocks of one shard in order, to hash them and to write them; one thread may do each.
 
-    def __init__(self, directory: Path, entry: ShardEntry) -> None:
+    `on_finish` gets the shard's digest (`sha256:` and 64 hex digits) when it has its name.
+    """
+
+    def __init__(self, directory: Path, entry: ShardEntry, on_finish: Callable[[str], None] | None = None) -> None:
         self.entry = entry
         self.path = directory / entry.name
         self._partial = partial_path(self.path)
-        self._digest = None if entry.sha256 is None else hashlib.sha256()
+        self._on_finish = on_finish
+        self._digest = None if entry.sha256 is None and on_finish is None else hashlib.sha256()
         self._file: PayloadFile | None = None
         self._position = 0
         self._rest = b""
@@ -56,7 +60,7 @@ class ShardWriter:
         if self._digest is None:
             return
         self._digest.update(block.data)
-        if block.stop < self.entry.size_bytes:
+        if block.stop < self.entry.size_bytes or self.entry.sha256 is None:
             return
         found = f"sha256:{self._digest.hexdigest()}"
         if found != self.entry.sha256:
@@ -100,6 +104,6 @@ class ShardWriter:
         file.write(self._position - len(self._rest), self._rest)
         file.finish(self.entry.size_bytes)
         self.close()
-        with output_errors(self.path):
-            os.replace(self._partial, self.path)
-        sync_directory(self.path.parent)
+        give_name(self._partial, self.path)
+        if self._on_finish is not None and self._digest is not None:
+            self._on_finish(f"sha256:{self._digest.hexdigest()}")

@@ -10,12 +10,14 @@ import xxhash
 
 from mmsplit.checkpoint import Scratch, ShardReaders, aligned_buffer
 from mmsplit.codec import ChunkEncoder, CodecName
+from mmsplit.digests import chunk_digest
 from mmsplit.sidecar.chunk_copier import ChunkCopier
 from mmsplit.sidecar.chunk_index import ChunkIndex, empty_index
 from mmsplit.sidecar.layout import CHUNK_ALIGNMENT, CHUNK_BYTES, SLOT_ALIGNMENT, SLOT_BYTES, ChunkSpec, Slot, aligned
 
-#: What a record says of a chunk but its place and tensor: stored_bytes, stored_xxh3, raw_xxh3, codec, layout.
-_Content: TypeAlias = tuple[int, int, int, int, int]
+#: What a record says of a chunk but its place and tensor: stored_bytes, stored_xxh3, raw_xxh3, codec, layout,
+#: stored_blake3.
+_Content: TypeAlias = tuple[int, int, int, int, int, bytes]
 
 
 class EncodedSlot(NamedTuple):
@@ -62,9 +64,9 @@ class SlotEncoder:
             self._bytes[position:begin] = 0
             room = self._block[begin : begin + chunk.raw_bytes]
             content = self._copy_chunk(part_id, chunk, room) or self._encode_chunk(chunk, room)
-            stored_bytes, stored_xxh3, raw_xxh3, codec, layout = content
-            tensor = chunk.tensor_index
-            records[number] = (begin, stored_bytes, chunk.raw_bytes, stored_xxh3, raw_xxh3, tensor, codec, layout, 0)
+            stored_bytes, stored_xxh3, raw_xxh3, codec, layout, digest = content
+            place = (begin, stored_bytes, chunk.raw_bytes)
+            records[number] = (*place, stored_xxh3, raw_xxh3, chunk.tensor_index, codec, layout, 0, digest)
             position = begin + stored_bytes
         stop = aligned(position, SLOT_ALIGNMENT)
         self._bytes[position:stop] = 0
@@ -77,7 +79,7 @@ class SlotEncoder:
         data, record = stored
         room[: len(data)] = data
         raw_xxh3, codec, layout = int(record["raw_xxh3"]), int(record["codec"]), int(record["layout"])
-        return len(data), int(record["stored_xxh3"]), raw_xxh3, codec, layout
+        return len(data), int(record["stored_xxh3"]), raw_xxh3, codec, layout, record["stored_blake3"].tobytes()
 
     def _encode_chunk(self, chunk: ChunkSpec, room: memoryview) -> _Content:
         start = chunk.tensor.start_offset + chunk.start
@@ -88,5 +90,6 @@ class SlotEncoder:
         ):
             raw_xxh3 = xxhash.xxh3_64_intdigest(raw)
             encoded = self._encoder.encode(raw, chunk.tensor.dtype, room)
-            stored_xxh3 = xxhash.xxh3_64_intdigest(room[: encoded.stored_bytes])
-        return encoded.stored_bytes, stored_xxh3, raw_xxh3, encoded.codec, encoded.layout
+            stored = room[: encoded.stored_bytes]
+            stored_xxh3, digest = xxhash.xxh3_64_intdigest(stored), chunk_digest(stored)
+        return encoded.stored_bytes, stored_xxh3, raw_xxh3, encoded.codec, encoded.layout, digest

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from mmsplit.checkpoint import Storage
+from mmsplit.digests import sha256_of
 from mmsplit.durable import make_directory
 from mmsplit.errors import CheckpointError, IntegrityError, OutputExistsError, SourceChangedError
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.output_files import output_errors, require_no_links, write_whole_file
 from mmsplit.sidecar.set_manifest import FileEntry
 
@@ -33,7 +34,7 @@ def read_small_files(
                 raise
             # A file that a checkpoint lacks is the checkpoint's fault; one that a set lacks is damage.
             raise IntegrityError(error.what, path=error.path, hint=_COPY_HINT) from error
-        entry = FileEntry(name, len(data), _sha256(data))
+        entry = FileEntry(name, len(data), sha256_of(data))
         if expected is not None and expected[name] != entry.sha256:
             raise IntegrityError(
                 "file of the model is not as it was written",
@@ -58,7 +59,7 @@ def require_free_names(target: Path, entries: Sequence[FileEntry], ours: Mapping
         if not os.path.lexists(place):
             continue
         with output_errors(place):
-            found = _sha256(place.read_bytes()) if place.is_file() else None
+            found = sha256_of(read_regular(place)) if place.is_file() else None
         if found is None or found not in ((entry.sha256,) if ours is None else ours.get(entry.name, ())):
             raise OutputExistsError(
                 "a file that mmsplit did not write has the name of one that belongs to the model",
@@ -72,17 +73,13 @@ def copy_small_files(source: Storage, entries: Sequence[FileEntry], target: Path
     for entry in entries:
         place = target / entry.name
         data = source.read_file(entry.name)
-        if _sha256(data) != entry.sha256:
+        if sha256_of(data) != entry.sha256:
             raise SourceChangedError(
                 "file of the model changed while it was read", path=source.location_of(entry.name), hint="Run again."
             )
         with output_errors(place):
-            if place.is_file() and place.read_bytes() == data:
+            if place.is_file() and read_regular(place) == data:
                 continue
             if place.parent != target:
                 make_directory(place.parent)
         write_whole_file(place, data)
-
-
-def _sha256(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"

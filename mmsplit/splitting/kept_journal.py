@@ -13,12 +13,14 @@ from typing import NamedTuple
 from mmsplit.checkpoint import Checkpoint, KeptShard, KeptSource, open_kept_checkpoint
 from mmsplit.checkpoint.cover import gaps_between
 from mmsplit.errors import FormatError, MissingShardError, OutputExistsError
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.consumed_directory import ConsumedDirectory
 from mmsplit.sidecar.json_fields import Fields
 from mmsplit.sidecar.manifest import manifest_name, parse_manifest
 from mmsplit.sidecar.output_directory import DELETED_KEY, KEPT_SOURCE_KEY, STATE_NAME, read_state_file
 from mmsplit.sidecar.output_files import output_errors
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, KeptBytes, kept_json, parse_kept, parse_set_manifest
+from mmsplit.splitting.equal_tensors import fold_as_recorded, repeated_tensors
 
 
 class Consumed(NamedTuple):
@@ -46,6 +48,7 @@ def journal_of(checkpoint: Checkpoint, kept: Mapping[str, KeptBytes]) -> dict[st
         ],
         "index": index,
         "files": list(checkpoint.small_files),
+        "same_as": repeated_tensors(checkpoint),
     }
 
 
@@ -70,14 +73,14 @@ def read_consumed(output: Path) -> Consumed | None:
 
 def open_what_is_left(
     path: Path, directory: ConsumedDirectory, record: Consumed, *, allow_unknown_dtypes: bool
-) -> str | Path | Checkpoint:
-    """Return `path` if nothing of it is gone, else the checkpoint as far as it is there and as recorded beyond that.
+) -> Checkpoint | None:
+    """Return the checkpoint as far as it is there, and as recorded beyond that; None if nothing of it is gone.
 
     Raises `MissingShardError` for a shard that is gone and was not deleted by mmsplit.
     """
     gone = [shard.name for shard in record.source.shards if not (directory.path / shard.name).exists()]
     if not gone:
-        return path
+        return None
     lost = [name for name in gone if name not in record.deleted]
     if lost:
         raise MissingShardError(
@@ -85,7 +88,8 @@ def open_what_is_left(
             path=directory.path / lost[0],
             hint="Bring it back, then run again with --resume.",
         )
-    return open_kept_checkpoint(path, record.source, allow_unknown_dtypes=allow_unknown_dtypes)
+    left = open_kept_checkpoint(path, record.source, allow_unknown_dtypes=allow_unknown_dtypes)
+    return fold_as_recorded(left, record.source.same_as)
 
 
 def require_not_consumed(output: Path) -> None:
@@ -114,7 +118,8 @@ def _parse_journal(journal: object, path: Path) -> KeptSource:
             inner = fields.inner("index")
             index = (inner.plain_name("name"), parse_kept(inner).data(str(path)))
         shards = tuple(_parse_shard(shard, str(path)) for shard in fields.each("shards"))
-        return KeptSource(shards, index, tuple(_names(fields.get("files", list))))
+        same_as = {str(name): str(first) for name, first in fields.get("same_as", dict).items()}
+        return KeptSource(shards, index, tuple(_names(fields.get("files", list))), same_as)
     except FormatError as error:
         raise OutputExistsError(f"cannot read the state of an unfinished run: {error.what}", path=path) from error
 
@@ -129,13 +134,15 @@ def _parse_shard(fields: Fields, path: str) -> KeptShard:
 def _source_of_set(root: Path) -> KeptSource:
     path = root / SET_MANIFEST_NAME
     with output_errors(path):
-        manifest = parse_set_manifest(path.read_bytes(), str(path))
+        manifest = parse_set_manifest(read_regular(path), str(path))
     stored: dict[str, set[tuple[int, int]]] = {shard.name: set() for shard in manifest.shards}
+    same_as: dict[str, str] = {}
     for entry in manifest.partitions:
         partition_path = root / manifest_name(entry.part_id)
         with output_errors(partition_path):
-            partition = parse_manifest(partition_path.read_bytes(), str(partition_path))
+            partition = parse_manifest(read_regular(partition_path), str(partition_path))
         for tensor in partition.stored_tensors():
+            same_as.update((place.name, tensor.name) for place in tensor.also if place.name != tensor.name)
             for place in tensor.places():
                 stored.setdefault(place.shard, set()).add((place.start_offset, place.stop_offset))
     shards = tuple(
@@ -152,4 +159,4 @@ def _source_of_set(root: Path) -> KeptSource:
     if manifest.weights_index is not None:
         name, index_bytes = manifest.weights_index
         index = (name, index_bytes.data(name))
-    return KeptSource(shards, index, tuple(entry.name for entry in manifest.files))
+    return KeptSource(shards, index, tuple(entry.name for entry in manifest.files), same_as)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice, takewhile
 from pathlib import Path
 
+from mmsplit.digests import sha256_of
 from mmsplit.planning import PlannedPartition, iter_stored
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.framing import pack_header
 from mmsplit.sidecar.layout import DATA_START, Slot, iter_slots, largest_payload_bytes
 from mmsplit.sidecar.manifest import format_manifest, manifest_name, parse_manifest, payload_name
@@ -84,13 +85,13 @@ def entry_of(directory: Path, part_id: int) -> PartitionEntry:
     """Return what the set manifest says of a finished partition."""
     manifest_path, payload_path = directory / manifest_name(part_id), directory / payload_name(part_id)
     with output_errors(manifest_path):
-        data = manifest_path.read_bytes()
+        data = read_regular(manifest_path)
         payload_bytes = payload_path.stat().st_size
     manifest = parse_manifest(data, str(manifest_path))
     return PartitionEntry(
         part_id=part_id,
         manifest_file=manifest_path.name,
-        manifest_sha256=f"sha256:{hashlib.sha256(data).hexdigest()}",
+        manifest_sha256=sha256_of(data),
         payload_file=payload_path.name,
         payload_bytes=payload_bytes,
         total_params=manifest.total_params,

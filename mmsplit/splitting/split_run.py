@@ -17,6 +17,7 @@ from mmsplit.checkpoint import Checkpoint, Shard, ShardHasher, ShardRange, Shard
 from mmsplit.codec import ENCODER
 from mmsplit.errors import IntegrityError, OutputExistsError, SourceChangedError
 from mmsplit.planning import Plan
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.chunk_copier import ChunkCopier
 from mmsplit.sidecar.manifest import manifest_name
 from mmsplit.sidecar.manifest_builder import Origin
@@ -47,7 +48,8 @@ from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, Worker
 #: Threads beyond those that encode: while they wait for the disk, the others have work.
 _EXTRA_THREADS: Final = 2
 _SPACE_MARGIN: Final = 1.03
-_MANIFEST_BYTES_PER_TENSOR: Final = 512
+#: In the JSON and in its copy together.
+_MANIFEST_BYTES_PER_TENSOR: Final = 1024
 #: What a file takes beyond its length, and a manifest beyond its tensors.
 _SMALL_FILE_SLACK_BYTES: Final = 16 << 10
 _STATE_BYTES_PER_SHARD: Final = 1024
@@ -162,7 +164,7 @@ class SplitRun:
 
     def _finished_set(self) -> SetManifest:
         path = self._out.path / SET_MANIFEST_NAME
-        manifest = parse_set_manifest(path.read_bytes(), str(path))
+        manifest = parse_set_manifest(read_regular(path), str(path))
         for entry in manifest.partitions:
             with open_partition_of_set(self._out.path, manifest, entry.part_id, "pread") as partition:
                 if not self._is_remote:  # a commit has no other weights

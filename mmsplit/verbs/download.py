@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from mmsplit.errors import OfflineError, RequestError
+from mmsplit.regular_files import read_regular
 from mmsplit.remote.address import parse_hub_address
 from mmsplit.remote.choose_files import choose_files
 from mmsplit.remote.content_hash import add_nothing
@@ -212,7 +213,7 @@ class _StorageInPlace(HubStorage):
         """Read a small file from its place."""
         path = self._run.fetch_at_once(name)
         with download_errors(path):
-            return path.read_bytes()
+            return read_regular(path)
 
 
 def _result(

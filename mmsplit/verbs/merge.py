@@ -6,32 +6,31 @@ Whoever does not trust the disk reads the shards once more, with `sha256sum` or 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from mmsplit.checkpoint import ByteRange, FileReader, IoMode, LocalStorage, Scratch
+from mmsplit.checkpoint import ByteRange, IoMode, LocalStorage
 from mmsplit.errors import IntegrityError, OutputError, OutputExistsError, RequestError
-from mmsplit.merging.lane import Lane
+from mmsplit.merging.lanes import write_files
 from mmsplit.merging.set_consumer import Batch, SetConsumer, gone_partitions, require_merged
-from mmsplit.merging.span import Span, StoredTensor, iter_spans
+from mmsplit.merging.span import Span, StoredTensor, iter_stored
+from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.consumed_directory import ConsumedDirectory
 from mmsplit.sidecar.disk_forecast import DiskForecast
 from mmsplit.sidecar.output_directory import OutputDirectory, free_bytes
-from mmsplit.sidecar.output_files import output_errors, partial_path, write_whole_file
+from mmsplit.sidecar.output_files import output_errors, partial_path, sha256_of_file, write_whole_file
 from mmsplit.sidecar.partition_reader import OpenPartition, require_partition
 from mmsplit.sidecar.set_manifest import SetManifest, ShardEntry
 from mmsplit.sidecar.set_reader import open_partition_of_set, read_set_manifest, resolve_set_path
 from mmsplit.sidecar.shard_pieces import KeptPiece, arrange_shard
 from mmsplit.sidecar.shard_writer import ShardWriter
 from mmsplit.sidecar.small_files import copy_small_files, read_small_files, require_free_names
-from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup, thread_count
+from mmsplit.workers import ProgressCallback, ProgressCounter, thread_count
 
-_HASH_BYTES: Final = 4 << 20
-#: Threads that decode for one lane: hashing, which is one thread there, keeps no more of them busy.
-_MOST_DECODERS: Final = 4
+#: What the partitions have of each shard, by its name, with the place there.
+_Stored: TypeAlias = dict[str, list[tuple[ByteRange, StoredTensor]]]
 
 
 class MergeResult(NamedTuple):
@@ -74,6 +73,7 @@ def merge(
     output: str | Path,
     *,
     resume: bool = False,
+    root_digest: str | None = None,
     consume: bool = False,
     announce: Callable[[DiskForecast], None] | None = None,
     threads: int | None = None,
@@ -83,7 +83,8 @@ def merge(
     """Write the original shards, weights index and small files of the set at `path` into `output`.
 
     A shard that is there already is refused; with `resume` it is kept if it has the right SHA-256, so that an
-    interrupted merge goes on where it was.
+    interrupted merge goes on where it was.  With `root_digest` only that very set is merged, and every stored chunk is
+    held to its digest before it is decoded.
 
     `consume=True` deletes each partition's payload as soon as every shard that has bytes of it is written, synced and
     read back, and the manifests in the end; all partitions are hashed before the first is deleted, and `announce` is
@@ -102,7 +103,7 @@ def merge(
         directory = stack.enter_context(ConsumedDirectory(root)) if consume else None
         if consume:  # nor may anybody write there meanwhile
             stack.enter_context(OutputDirectory(root))
-        manifest = read_set_manifest(root, may_be_begun=True)
+        manifest = read_set_manifest(root, root_digest, may_be_begun=True)
         gone = gone_partitions(root, manifest) if resume else frozenset()
         partitions: dict[int, OpenPartition] = {}
         stack.callback(_close_all, partitions)
@@ -111,8 +112,12 @@ def merge(
                 require_partition(root, entry.part_id)
         for entry in manifest.partitions:
             if entry.part_id not in gone:
-                partitions[entry.part_id] = open_partition_of_set(root, manifest, entry.part_id, io)
-        pieces = {} if gone else _arrange_shards(list(partitions.values()), manifest, manifest.shards)
+                partitions[entry.part_id] = open_partition_of_set(
+                    root, manifest, entry.part_id, io, is_bound=root_digest is not None
+                )
+        stored = _stored_by_shard(list(partitions.values()), manifest)
+        for shard in () if gone else manifest.shards:
+            _pieces_of(shard, stored)  # says what is wrong before anything is written
         consumer = None if directory is None else SetConsumer(directory, manifest, Path(output))
         if consumer is not None:
             consumer.require_consumable()
@@ -121,8 +126,8 @@ def merge(
         _require_no_other_index(out.path, manifest)
         require_merged(root, manifest, gone, kept)
         todo = [shard for shard in manifest.shards if shard.name not in kept]
-        if gone:
-            pieces = _arrange_shards(list(partitions.values()), manifest, todo)
+        for shard in todo if gone else ():
+            _pieces_of(shard, stored)
         there = {shard.name: _length_of(partial_path(out.path / shard.name)) for shard in todo}
         disk = None
         batches = [Batch(tuple(todo), ())] if consumer is None else consumer.batches(todo)
@@ -144,9 +149,9 @@ def merge(
         if consumer is not None:
             consumer.require_sound(thread_count(threads), lambda _: None)
         for batch in batches:
-            _write_shards(out.path, batch.shards, pieces, thread_count(threads), counter)
+            _write_shards(out.path, batch.shards, stored, thread_count(threads), counter)
             if consumer is not None:
-                consumer.prove(batch.part_ids, thread_count(threads), _sha256_of)
+                consumer.prove(batch.part_ids, thread_count(threads), sha256_of_file)
                 for part_id in batch.part_ids:
                     partitions.pop(part_id).close()
                 consumer.delete_payloads(batch.part_ids)
@@ -172,11 +177,9 @@ def _length_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _stored_by_shard(
-    partitions: Sequence[OpenPartition], manifest: SetManifest
-) -> dict[str, list[tuple[ByteRange, StoredTensor]]]:
+def _stored_by_shard(partitions: Sequence[OpenPartition], manifest: SetManifest) -> _Stored:
     """Return what the partitions have of each shard, with its place there; copies of tied weights are left out."""
-    stored: dict[str, list[tuple[ByteRange, StoredTensor]]] = {shard.name: [] for shard in manifest.shards}
+    stored: _Stored = {shard.name: [] for shard in manifest.shards}
     for partition in partitions:
         for layer in partition.manifest.layers:
             if layer.alias is not None:  # copies of tied weights have their original elsewhere
@@ -194,22 +197,21 @@ def _stored_by_shard(
     return stored
 
 
-def _arrange_shards(
-    partitions: Sequence[OpenPartition], manifest: SetManifest, shards: Sequence[ShardEntry]
-) -> dict[str, list[KeptPiece | StoredTensor]]:
-    """Return the pieces of `shards` in file order; raises unless they cover every byte once."""
-    stored = _stored_by_shard(partitions, manifest)
-    return {
-        shard.name: arrange_shard(stored[shard.name], shard.kept.data(shard.name), shard.size_bytes, shard.name)
-        for shard in shards
-    }
+def _pieces_of(shard: ShardEntry, stored: _Stored) -> list[KeptPiece | StoredTensor]:
+    """Return a shard's pieces in file order; raises unless they cover every byte once.
+
+    Its kept bytes are in memory as long as the pieces are: those of one shard, not of all.
+    """
+    return arrange_shard(stored[shard.name], shard.kept.data(shard.name), shard.size_bytes, shard.name)
 
 
 def _keep_finished(out: Path, shards: Sequence[ShardEntry], resume: bool) -> list[str]:
     kept = []
     for shard in shards:
         path = out / shard.name
-        if not path.exists():
+        with output_errors(path):
+            is_there = path.exists()
+        if not is_there:
             continue
         if not resume:
             raise OutputExistsError(
@@ -223,7 +225,7 @@ def _keep_finished(out: Path, shards: Sequence[ShardEntry], resume: bool) -> lis
                 path=path,
                 hint="Remove it, or choose another directory.",
             )
-        found = "" if path.stat().st_size != shard.size_bytes else _sha256_of(path)
+        found = "" if path.stat().st_size != shard.size_bytes else sha256_of_file(path)
         if found != shard.sha256:
             raise OutputExistsError(
                 "another file has the name of a shard",
@@ -241,7 +243,7 @@ def _require_no_other_index(out: Path, manifest: SetManifest) -> None:
         return
     name, index = manifest.weights_index
     with output_errors(out / name):
-        if (out / name).exists() and (out / name).read_bytes() != index.data(name):
+        if (out / name).exists() and read_regular(out / name) != index.data(name):
             raise OutputExistsError(
                 "another file has the name of the weights index",
                 path=out / name,
@@ -249,46 +251,22 @@ def _require_no_other_index(out: Path, manifest: SetManifest) -> None:
             )
 
 
-def _sha256_of(path: Path) -> str:
-    digest, scratch = hashlib.sha256(), Scratch()
-    with output_errors(path), FileReader(path) as reader:
-        for start in range(0, reader.size_bytes, _HASH_BYTES):
-            with reader.borrow(start, min(start + _HASH_BYTES, reader.size_bytes), scratch) as view:
-                digest.update(view)
-    return f"sha256:{digest.hexdigest()}"
-
-
 def _write_shards(
     out: Path,
     shards: Sequence[ShardEntry],
-    pieces: dict[str, list[KeptPiece | StoredTensor]],
+    stored: _Stored,
     threads: int,
     counter: ProgressCounter,
 ) -> None:
-    if not shards:
-        return
     writers = [ShardWriter(out, shard) for shard in shards]
-    todo = JobStream(iter(writers))
 
-    def iter_lane() -> Iterator[Span]:
-        while (writer := todo.take()) is not None:
-            yield from iter_spans(writer, pieces[writer.entry.name])
-
-    lane_count = min(len(writers), (threads + 1) // 2)
-    decoders = min(_MOST_DECODERS, -(-threads // lane_count))
-    lanes = [Lane(iter_lane(), decoders, counter) for _ in range(lane_count)]
-
-    def cancel() -> None:
-        for lane in lanes:
-            lane.cancel()
+    def iter_shard(writer: ShardWriter) -> Iterator[Span]:
+        arranged = _pieces_of(writer.entry, stored)
+        return iter_stored(writer, 0, (piece.data if isinstance(piece, KeptPiece) else piece for piece in arranged))
 
     try:
-        with WorkerGroup(cancel) as group:
-            for lane in lanes:
-                lane.start(group)
+        write_files(writers, iter_shard, threads, counter)
     finally:
-        for lane in lanes:
-            lane.close()
         for writer in writers:
             writer.close()
     for writer in writers:

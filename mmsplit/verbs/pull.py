@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from mmsplit.errors import IntegrityError, MmsplitError, OutputExistsError, RemoteNotFoundError, RequestError
+from mmsplit.digests import parse_root_digest
+from mmsplit.errors import MmsplitError, OutputExistsError, RemoteNotFoundError, RequestError
 from mmsplit.remote.set_source import SetSource, open_set_source
 from mmsplit.remote.source import HubOptions
 from mmsplit.sidecar.output_directory import OutputDirectory
@@ -15,8 +16,6 @@ from mmsplit.sidecar.partition_receiver import PartitionReceiver, Received
 from mmsplit.sidecar.receiving_directory import PublishedSet, ReceivingDirectory, read_published_set
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, FileEntry, SetManifest
 from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup, thread_count
-
-_SHA256_LENGTH: Final = len("sha256:") + 64
 
 
 class PullResult(NamedTuple):
@@ -81,17 +80,16 @@ def pull(
     place = open_set_source(source, hub)
     if place.directory is not None and place.directory.resolve() == Path(output).resolve():
         raise RequestError("output is the directory of the source", path=output, hint="Choose another directory.")
-    published = _find_set(place)
-    _require_root(published, root_digest)
+    published = _find_set(place, None if root_digest is None else parse_root_digest(root_digest))
     wanted = _wanted(published, only)
     with OutputDirectory(Path(output)) as out:
         run = _PullRun(place, published, out, hub, thread_count(threads), progress)
         return run.execute(wanted, force=force, direct=direct)
 
 
-def _find_set(place: SetSource) -> PublishedSet:
+def _find_set(place: SetSource, root_digest: str | None) -> PublishedSet:
     try:
-        return read_published_set(place.open(SET_MANIFEST_NAME))
+        return read_published_set(place.open(SET_MANIFEST_NAME), root_digest)
     except RemoteNotFoundError as error:
         raise RemoteNotFoundError(
             f"no partition set there: {error.what}",
@@ -99,22 +97,6 @@ def _find_set(place: SetSource) -> PublishedSet:
             hint=f"Give the place that has {SET_MANIFEST_NAME}; on the Hub a folder is written org/name:folder."
             + (f" {error.hint}" if error.hint else ""),
         ) from None
-
-
-def _require_root(published: PublishedSet, root_digest: str | None) -> None:
-    if root_digest is None:
-        return
-    wanted = root_digest if root_digest.startswith("sha256:") else f"sha256:{root_digest}"
-    if len(wanted) != _SHA256_LENGTH:
-        raise RequestError("not a root digest", found=root_digest[:80], hint="Give sha256: and 64 hexadecimal digits.")
-    if wanted.lower() != published.root_digest:
-        raise IntegrityError(
-            "another set is published there than the one asked for",
-            path=published.location,
-            expected=wanted.lower(),
-            found=published.root_digest,
-            hint="Check the digest and the revision.",
-        )
 
 
 def _wanted(published: PublishedSet, only: Sequence[int] | None) -> tuple[int, ...]:

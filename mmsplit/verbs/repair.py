@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple, get_args
 
 from mmsplit.checkpoint import Checkpoint
+from mmsplit.digests import parse_root_digest
 from mmsplit.errors import FormatError, RequestError
 from mmsplit.remote.source import HubOptions
 from mmsplit.repairing.ledger import Ledger, Mended
@@ -79,8 +80,11 @@ def repair(
 
     Of a damaged chunk just its own bytes are read from the source; they are compared with the record before they
     replace anything, and read back after.  A payload that is missing is made as a whole.  `only` restricts that to some
-    partitions, `level` says how closely to look, and `rebuild_manifest` looks at the manifests alone.  With
-    `root_digest` only that very set is repaired.  `dry_run` writes nothing and reads no source.
+    partitions, `level` says how closely to look, and `rebuild_manifest` looks at the manifests alone.  `dry_run` writes
+    nothing and reads no source.
+
+    With `root_digest` only that very set is repaired, and a chunk that was forged, so that its checksum fits, is
+    damage, too (without one, at level "full"); what cannot be tied to the root is left alone.
 
     Interrupted at any moment, the set is not worse than before, and the same call goes on.  What cannot be repaired is
     a result, not an error.  Raises `FormatError` where there is no set, `OutputError`, and what opening a source
@@ -89,11 +93,13 @@ def repair(
     if level not in get_args(RepairLevel):
         raise RequestError(f"no such level: {level!r}", hint=f"Possible are {', '.join(get_args(RepairLevel))}.")
     root, one = resolve_set_path(Path(path))
+    root_digest = None if root_digest is None else parse_root_digest(root_digest)
     hub = hub or HubOptions()
     options = RepairOptions(
         check_chunks=level != "quick",
         decode=level == "full",
         only_manifests=rebuild_manifest,
+        is_bound=root_digest is not None,
         dry_run=dry_run,
         threads=thread_count(threads),
         connections=hub.connections,
@@ -119,7 +125,8 @@ class _RepairRun:
 
     def execute(self, wanted: tuple[int, ...] | None, *, is_set: bool, root_digest: str | None) -> RepairResult:
         found = self._set_manifest(is_set, root_digest)
-        part_ids = self._part_ids(found, wanted)
+        # Where a root is demanded and nothing ties the partitions to it, nothing says what they should be.
+        part_ids = () if found is None and self._options.is_bound else self._part_ids(found, wanted)
         manifest = None if found is None else found.manifest
         repair = PartitionRepair(
             self._root, manifest, self._all_parts(found), self._sources, self._ledger, self._options

@@ -11,13 +11,22 @@ from typing import Final, get_args
 from mmsplit.checkpoint import Checkpoint, IoMode
 from mmsplit.codec import CODEC_NAMES, CodecName
 from mmsplit.errors import CheckpointError, RequestError
-from mmsplit.planning import By, NodeRequest, PlanRequest, TiedMode, plan_for_nodes_or_parts
+from mmsplit.planning import (
+    By,
+    NodeRequest,
+    PlanRequest,
+    Rule,
+    SplitBy,
+    TiedMode,
+    plan_for_nodes_or_parts,
+    sorted_part_ids,
+)
 from mmsplit.remote.source import HubOptions, hub_address_of, open_source
 from mmsplit.sidecar.consumed_directory import ConsumedDirectory
 from mmsplit.sidecar.manifest_builder import Origin
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory
 from mmsplit.sidecar.set_manifest import KeptBytes
-from mmsplit.splitting import Announce, Consumer, SplitOptions, SplitResult, SplitRun
+from mmsplit.splitting import Announce, Consumer, SplitOptions, SplitResult, SplitRun, fold_equal_tensors
 from mmsplit.splitting.kept_journal import open_what_is_left, read_consumed, require_not_consumed
 from mmsplit.workers import ProgressCallback, thread_count
 
@@ -35,6 +44,8 @@ def split(
     weights: Sequence[float | str] | None = None,
     boundaries: Sequence[str] | None = None,
     tied: TiedMode = "duplicate",
+    split_by: SplitBy = "layer",
+    rule: Rule | None = None,
     nodes: NodeRequest | None = None,
     only: Collection[int] | None = None,
     codec: CodecName = "planes",
@@ -79,7 +90,7 @@ def split(
         raise RequestError(f"no such codec: {codec!r}", hint=f"Possible are {', '.join(CODEC_NAMES)}.")
     hub = hub or HubOptions()
     with ExitStack() as stack:
-        consumed, record = None, None
+        consumed, record, left = None, None, None
         if consume:
             directory = _consumable_directory(source, hub, only, source_sha256)
             consumed = stack.enter_context(ConsumedDirectory(directory))
@@ -91,9 +102,21 @@ def split(
             # What is asked for, a branch say, is not what the manifests record: that is the commit.
             hub, revision = hub._replace(revision=hub.revision or revision), None
         if consumed is not None and record is not None and not isinstance(source, Checkpoint):
-            source = open_what_is_left(Path(source), consumed, record, allow_unknown_dtypes=allow_unknown_dtypes)
-        source = open_source(source, hub, allow_unknown_dtypes=allow_unknown_dtypes)
-        request = PlanRequest(num_parts=num_parts, by=by, weights=weights, boundaries=boundaries, tied=tied)
+            left = open_what_is_left(Path(source), consumed, record, allow_unknown_dtypes=allow_unknown_dtypes)
+        if left is None:
+            source = open_source(source, hub, allow_unknown_dtypes=allow_unknown_dtypes)
+            source = fold_equal_tensors(source, io, progress)
+        else:
+            source = left
+        request = PlanRequest(
+            num_parts=num_parts,
+            by=by,
+            weights=weights,
+            boundaries=boundaries,
+            tied=tied,
+            split_by=split_by,
+            rule=rule,
+        )
         plan = plan_for_nodes_or_parts(source, request, nodes)
         options = SplitOptions(
             codec=codec,
@@ -101,7 +124,7 @@ def split(
             io=io,
             direct=direct,
             source_sha256=source_sha256,
-            only=None if only is None else _sorted_part_ids(only, plan.num_parts),
+            only=None if only is None else sorted_part_ids(only, plan.num_parts),
         )
         headers = {shard.name: source.read_kept(shard.name) for shard in source.shards}
         origin = Origin(
@@ -152,18 +175,6 @@ def _consumable_directory(
     if not directory.is_dir():
         raise CheckpointError("no such file or directory", path=directory)
     return directory
-
-
-def _sorted_part_ids(only: Collection[int], num_parts: int) -> tuple[int, ...]:
-    part_ids = tuple(sorted(set(only)))
-    wrong = [part_id for part_id in part_ids if type(part_id) is not int or not 0 <= part_id < num_parts]
-    if wrong or not part_ids:
-        raise RequestError(
-            f"there is no partition {wrong[0]}" if wrong else "no partition is asked for",
-            expected=f"0 to {num_parts - 1}",
-            hint="Partitions are counted from 0.",
-        )
-    return part_ids
 
 
 def _source_digest(checkpoint: Checkpoint, headers: dict[str, bytes]) -> str:

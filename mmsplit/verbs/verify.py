@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,12 +9,24 @@ from typing import Final, Literal, NamedTuple, get_args
 
 import xxhash
 
-from mmsplit.checkpoint import Checkpoint, IoMode, Scratch, ShardRange, ShardReaders, iter_with_read_ahead
+from mmsplit.checkpoint import (
+    Checkpoint,
+    IoMode,
+    Scratch,
+    ShardRange,
+    ShardReaders,
+    SourcePlace,
+    TensorInfo,
+    TensorRows,
+    iter_with_read_ahead,
+    slice_rows,
+)
+from mmsplit.digests import parse_root_digest, sha256_of
 from mmsplit.errors import CheckpointError, FormatError, IntegrityError, RequestError
+from mmsplit.regular_files import is_regular, read_regular
 from mmsplit.remote.source import HubOptions, open_source
 from mmsplit.sidecar.chunk_check import check_chunks
 from mmsplit.sidecar.layout import CHUNK_BYTES
-from mmsplit.sidecar.manifest import TensorEntry
 from mmsplit.sidecar.output_directory import STATE_NAME
 from mmsplit.sidecar.partition_reader import Fault, OpenPartition, Report, read_partition_files
 from mmsplit.sidecar.scrub_run import Scrub, ScrubRun
@@ -26,7 +37,8 @@ from mmsplit.sidecar.set_manifest import (
     SetManifest,
     is_as_written,
 )
-from mmsplit.sidecar.set_reader import read_set_manifest, resolve_set_path
+from mmsplit.sidecar.set_reader import entry_of_file, read_set_manifest, resolve_set_path
+from mmsplit.sidecar.signature import signed_root_digest
 from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup, thread_count
 
 #: quick: structure and sizes.  stored: and the checksum of every stored byte.  full: and decode it all.
@@ -38,7 +50,8 @@ _EXTRA_THREADS: Final = 1
 class VerifyResult(NamedTuple):
     """What a verification found; `ok` says that everything looked at is as it was written.
 
-    `problems` are in file order.  `checked_bytes` counts payload bytes that were read.
+    `problems` are in file order.  `checked_bytes` counts payload bytes that were read.  `root_digest` is the one that
+    everything was held to; None if none was demanded.
     """
 
     ok: bool
@@ -46,12 +59,14 @@ class VerifyResult(NamedTuple):
     problems: tuple[Fault, ...]
     partition_count: int
     checked_bytes: int
+    root_digest: str | None = None
 
     def as_json(self) -> dict[str, object]:
         """Return what `verify --json` shows."""
         return {
             "ok": self.ok,
             "level": self.level,
+            "root_digest": self.root_digest,
             "problems": [fault._asdict() for fault in self.problems],
             "partitions": self.partition_count,
             "checked_bytes": self.checked_bytes,
@@ -63,6 +78,9 @@ def verify(
     *,
     level: Level = "stored",
     against: str | Path | Checkpoint | None = None,
+    root_digest: str | None = None,
+    signature: str | Path | None = None,
+    public_key: str | Path | None = None,
     hub: HubOptions | None = None,
     allow_unknown_dtypes: bool = False,
     scrub: Scrub | None = None,
@@ -74,25 +92,47 @@ def verify(
 
     All damage is reported, not just the first.  With `against`, a path or a model of the Hub, the checkpoint there is
     compared with what the partitions say of it: header bytes, and the checksum of every tensor.  With `scrub` only
-    some chunks are looked at, though all structure and small files, and what was done goes into a history.  Raises
-    `FormatError` if there is nothing to verify or its version is not known here; damage is a result, not an error.
+    some chunks are looked at, though all structure and small files, and what was done goes into a history.
+
+    With `root_digest` only that very set will do, and every chunk that is read is held to its digest; one partition
+    needs the set manifest beside it for that, but no other partition.  Without one, chunks are held to their digests
+    at level "full".  `signature` is a file that says which root digest is right: one of OpenSSF Model Signing, made
+    with the private key to `public_key`.
+
+    Raises `FormatError` if there is nothing to verify or its version is not known here, `IntegrityError` if the set
+    is not that of `root_digest` or the signature is not right; other damage is a result, not an error.
     """
     if level not in get_args(Level):
         raise RequestError(f"no such level: {level!r}", hint=f"Possible are {', '.join(get_args(Level))}.")
     root, only = resolve_set_path(Path(path))
     faults = _Faults()
-    manifest = _set_manifest(root, only, faults.add)
+    if (signature is None) != (public_key is None):
+        raise RequestError("a signature and the public key to it go together", hint="Give both, or neither.")
+    if root_digest is not None:
+        root_digest = parse_root_digest(root_digest)
+    if signature is not None and public_key is not None:
+        signed = signed_root_digest(root, Path(signature), Path(public_key))
+        if root_digest not in (None, signed):
+            raise IntegrityError("signature is of another set", path=signature, expected=root_digest, found=signed)
+        root_digest = signed
+    if root_digest is None:
+        manifest = _set_manifest(root, only, faults.add)
+    else:
+        manifest = read_set_manifest(root, root_digest)
+        _require_as_written(root, faults.add)
     entries = _partition_manifests(root, only, manifest)
     source = None if against is None else open_source(against, hub, allow_unknown_dtypes=allow_unknown_dtypes)
     workers = thread_count(threads)
-    part = None if scrub is None else _scrub_run(scrub, level, manifest, only, entries)
+    part = (
+        None if scrub is None else _scrub_run(scrub, level, manifest, only, entries, is_bound=root_digest is not None)
+    )
     counter = ProgressCounter("verify", _bytes_to_check(entries, level, source, part), progress)
     checked = 0
     if manifest is not None and source is not None:
         _compare_headers(manifest, source, faults.add)
     # One after the other: a set may have more partitions than may be open.
     for number, (entry_path, entry) in enumerate(entries):
-        partition = _open(entry_path, entry, io, faults.add)
+        partition = _open(entry_path, entry, io, faults.add, is_bound=root_digest is not None)
         if partition is not None:
             with partition:
                 if level != "quick":
@@ -111,7 +151,7 @@ def verify(
     problems = faults.in_order()
     if part is not None:
         part.finish(checked, problems)
-    return VerifyResult(not problems, level, problems, len(entries), checked)
+    return VerifyResult(not problems, level, problems, len(entries), checked, root_digest)
 
 
 def _scrub_run(
@@ -120,13 +160,17 @@ def _scrub_run(
     manifest: SetManifest | None,
     only: Path | None,
     entries: Sequence[tuple[Path, PartitionEntry | None]],
+    *,
+    is_bound: bool,
 ) -> ScrubRun:
     """Return the scrub; its places are counted by the lengths in the set manifest, where there is one."""
     sizes = [_size_of(path.with_suffix(".bin")) if entry is None else entry.payload_bytes for path, entry in entries]
     if only is None:
-        return ScrubRun(scrub, level, None if manifest is None else manifest.root_digest, None, sizes)
+        root_digest = None if manifest is None else manifest.root_digest
+        return ScrubRun(scrub, level, root_digest, None, sizes, is_bound=is_bound)
     part_id = only.stem.rpartition("_")[2]
-    return ScrubRun(scrub, level, _sha256_of(only), int(part_id) if part_id.isdecimal() else None, sizes)
+    number = int(part_id) if part_id.isdecimal() else None
+    return ScrubRun(scrub, level, _sha256_of(only), number, sizes, is_bound=is_bound)
 
 
 def _size_of(path: Path) -> int:
@@ -168,9 +212,7 @@ def _set_manifest(root: Path, only: Path | None, report: Report) -> SetManifest 
         return None
     try:
         manifest = read_set_manifest(root)
-        if not is_as_written((root / SET_MANIFEST_NAME).read_bytes()):
-            what = "set manifest says what was written, but not in the same bytes"
-            report(Fault(str(root / SET_MANIFEST_NAME), what))
+        _require_as_written(root, report)
     except IntegrityError as error:
         report(Fault(str(root / SET_MANIFEST_NAME), error.what))
         return None
@@ -181,6 +223,12 @@ def _set_manifest(root: Path, only: Path | None, report: Report) -> SetManifest 
         report(Fault(str(root / SET_MANIFEST_NAME), "set manifest is missing"))
         return None
     return manifest
+
+
+def _require_as_written(root: Path, report: Report) -> None:
+    if not is_as_written(read_regular(root / SET_MANIFEST_NAME)):
+        what = "set manifest says what was written, but not in the same bytes"
+        report(Fault(str(root / SET_MANIFEST_NAME), what))
 
 
 def _manifests_in(root: Path) -> list[Path]:
@@ -196,13 +244,15 @@ def _partition_manifests(
     root: Path, only: Path | None, manifest: SetManifest | None
 ) -> list[tuple[Path, PartitionEntry | None]]:
     if only is not None:
-        return [(only, None)]
+        return [(only, None if manifest is None else entry_of_file(manifest, only))]
     if manifest is None:
         return [(path, None) for path in _manifests_in(root)]
     return [(root / entry.manifest_file, entry) for entry in manifest.partitions]
 
 
-def _open(path: Path, entry: PartitionEntry | None, io: IoMode, report: Report) -> OpenPartition | None:
+def _open(
+    path: Path, entry: PartitionEntry | None, io: IoMode, report: Report, *, is_bound: bool
+) -> OpenPartition | None:
     """Open a partition, report what is wrong with its structure, and hold it to its entry in the set manifest."""
     part_id = None if entry is None else entry.part_id
 
@@ -210,7 +260,7 @@ def _open(path: Path, entry: PartitionEntry | None, io: IoMode, report: Report) 
         report(fault if fault.partition is not None else fault._replace(partition=part_id))
 
     try:
-        partition = read_partition_files(path, report_here, io)
+        partition = read_partition_files(path, report_here, io, entry, is_bound=is_bound)
     except (IntegrityError, CheckpointError, FormatError) as error:
         # A CheckpointError says that a disk failed.  What a set of our version lists is ours, so if it does not look
         # like it, it is damaged; only of a file that stands alone may one say that it is foreign.
@@ -219,8 +269,6 @@ def _open(path: Path, entry: PartitionEntry | None, io: IoMode, report: Report) 
         report_here(Fault(error.path or str(path), error.what, error.offset))
         return None
     if entry is not None:
-        if path.is_file() and _sha256_of(path) != entry.manifest_sha256:
-            report_here(Fault(str(path), "manifest is not the one the set was made with", 0, path.stat().st_size))
         payload = path.parent / entry.payload_file
         if payload.is_file() and payload.stat().st_size != entry.payload_bytes:
             found = payload.stat().st_size
@@ -232,7 +280,7 @@ def _open(path: Path, entry: PartitionEntry | None, io: IoMode, report: Report) 
 def _sha256_of(path: Path) -> str | None:
     """Digest of a file; None, which is no file's, if it cannot be read."""
     try:
-        return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+        return sha256_of(read_regular(path))
     except OSError:
         return None
 
@@ -240,7 +288,7 @@ def _sha256_of(path: Path) -> str | None:
 def _verify_small_files(root: Path, files: Sequence[FileEntry], level: Level, report: Report) -> None:
     for entry in files:
         path = root / entry.name
-        if not path.is_file():
+        if not is_regular(path):
             report(Fault(str(path), "file of the model is missing"))
         elif path.stat().st_size != entry.size_bytes:
             report(Fault(str(path), f"file of the model has another size: expected {entry.size_bytes:,} bytes"))
@@ -249,14 +297,13 @@ def _verify_small_files(root: Path, files: Sequence[FileEntry], level: Level, re
 
 
 def _ranges_of(job: _SourceChunk) -> tuple[ShardRange, ...]:
-    return (ShardRange(job.tensor.shard, job.start, job.stop),)
+    return (ShardRange(job.place.shard, job.start, job.stop),)
 
 
 class _SourceChunk(NamedTuple):
-    """Bytes [start, stop) of a source shard, and the checksum that the partition recorded for them."""
+    """Bytes [start, stop) of a source shard, within the place of a tensor, and the checksum recorded for them."""
 
-    partition: OpenPartition
-    tensor: TensorEntry
+    place: SourcePlace
     start: int
     stop: int
     raw_xxh3: int
@@ -283,8 +330,8 @@ def _verify_against(
             def work(job: _SourceChunk) -> None:
                 what = _source_fault(job, readers, scratch)
                 if what is not None:
-                    file = source.location_of(job.tensor.shard)
-                    report(Fault(file, what, job.start, job.stop, part_id, None, job.tensor.name))
+                    file = source.location_of(job.place.shard)
+                    report(Fault(file, what, job.start, job.stop, part_id, None, job.place.name))
                 counter.add(job.stop - job.start)
 
             return work
@@ -297,7 +344,7 @@ def _verify_against(
 def _source_fault(job: _SourceChunk, readers: ShardReaders, scratch: Scratch) -> str | None:
     """Return what is wrong with a chunk of the source, if anything; a file that fails is a finding, not the end."""
     try:
-        with readers.lend(job.tensor.shard) as reader, reader.borrow(job.start, job.stop, scratch) as view:
+        with readers.lend(job.place.shard) as reader, reader.borrow(job.start, job.stop, scratch) as view:
             same = xxhash.xxh3_64_intdigest(view) == job.raw_xxh3
     except CheckpointError as error:
         return f"source cannot be compared: {error.what}"
@@ -320,31 +367,41 @@ def _compare_headers(manifest: SetManifest, source: Checkpoint, report: Report) 
         report(Fault(shard.location, "source shard is not part of the set"))
 
 
+def _in_source(place: SourcePlace, rows: TensorRows | None, source: Checkpoint) -> TensorInfo | None:
+    """Return the tensor of that name in the source, or the rows of it that a slice has."""
+    whole = source.tensors.get(place.name)
+    if whole is None or rows is None or whole.shape != rows.shape:
+        return whole
+    return slice_rows(whole, rows.start, rows.stop)
+
+
 def _iter_source_chunks(partition: OpenPartition, source: Checkpoint, report: Report) -> Iterator[_SourceChunk]:
     for tensor in partition.tensors:
-        there = source.tensors.get(tensor.name)
-        place = (tensor.shard, tensor.source_start, tensor.source_stop, tensor.dtype, tensor.shape)
-        if there is None or place != (
-            there.shard,
-            there.start_offset,
-            there.stop_offset,
-            there.dtype,
-            there.shape,
-        ):
-            what = "tensor is missing in the source" if there is None else "source has the tensor in another form"
-            report(
-                Fault(
-                    source.location_of(tensor.shard),
-                    what,
-                    tensor.source_start,
-                    tensor.source_stop,
-                    partition.manifest.part_id,
-                    None,
-                    tensor.name,
+        for place in tensor.places():
+            there = _in_source(place, tensor.rows, source)
+            expected = (*place, tensor.dtype, tensor.shape)
+            if there is None or expected != (
+                there.name,
+                there.shard,
+                there.start_offset,
+                there.stop_offset,
+                there.dtype,
+                there.shape,
+            ):
+                what = "tensor is missing in the source" if there is None else "source has the tensor in another form"
+                report(
+                    Fault(
+                        source.location_of(place.shard),
+                        what,
+                        place.start_offset,
+                        place.stop_offset,
+                        partition.manifest.part_id,
+                        None,
+                        place.name,
+                    )
                 )
-            )
-            continue
-        for number in range(tensor.chunk_count):
-            record = partition.index[tensor.first_chunk + number]
-            start = tensor.source_start + number * CHUNK_BYTES
-            yield _SourceChunk(partition, tensor, start, start + int(record["raw_bytes"]), int(record["raw_xxh3"]))
+                continue
+            for number in range(tensor.chunk_count):
+                record = partition.index[tensor.first_chunk + number]
+                start = place.start_offset + number * CHUNK_BYTES
+                yield _SourceChunk(place, start, start + int(record["raw_bytes"]), int(record["raw_xxh3"]))

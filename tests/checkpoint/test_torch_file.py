@@ -44,7 +44,10 @@ TORCH_NAMES = {"C32": "complex32", "C128": "complex128"} | {
 def contents(tensor: TorchTensor, file: bytes, block_bytes: int = 64) -> bytes:
     """A tensor's bytes in row-major order."""
     span = memoryview(file)[tensor.start_offset : tensor.stop_offset]
-    gathered = b"".join(iter_row_major(span, tensor.item_bytes, tensor.shape, tensor.stride, block_bytes))
+    blocks = iter_row_major(
+        lambda start, stop: span[start:stop], tensor.item_bytes, tensor.shape, tensor.stride, block_bytes
+    )
+    gathered = b"".join(blocks)
     if tensor.is_contiguous:
         assert gathered == span
     return gathered

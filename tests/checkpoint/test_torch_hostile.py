@@ -109,6 +109,7 @@ HOSTILE = {
     "two entries of one name": (with_more(Entry(b"archive/data/0", FOUR_FLOATS)), "have the same name"),
     "name is not UTF-8": (with_more(Entry(b"archive/\xff", b"")), "not text"),
     "name with a NUL": (with_more(Entry(b"archive/a\0b", b"")), "not text"),
+    "entry of a format to come": (with_more(Entry(b"x", b"", needed_version=64)), "needs version 6.4"),
     "entry on another disk": (with_more(Entry(b"x", b"", disk=1)), "lies in another file"),
     "stored and real size differ": (with_entry(2, stored_size=8), "two sizes"),
     "folder with data": (with_entry(2, attributes=0x10), "is a folder that holds data"),
@@ -311,6 +312,7 @@ def test_hostile_file_is_refused(file: bytes, words: str) -> None:
     with pytest.raises(TorchFileError, match=words) as caught:
         parse(file)
     assert caught.value.path == "f"
+    assert caught.value.hint
     assert len(str(caught.value)) < 1000
 
 

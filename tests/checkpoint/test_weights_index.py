@@ -24,6 +24,8 @@ NOT_AN_INDEX = {
     "null map": (b'{"weight_map": null}', "no weight_map"),
     "list map": (b'{"weight_map": ["a"]}', "no weight_map"),
     "empty map": (b'{"weight_map": {}}', "no weight_map"),
+    "UTF-16": ('{"weight_map": {"a": "x.safetensors"}}'.encode("utf-16-le"), "is not JSON"),
+    "byte order mark": (b'\xef\xbb\xbf{"weight_map": {"a": "x.safetensors"}}', "is not JSON"),
     "shard a number": (b'{"weight_map": {"a": 1}}', "does not name a shard"),
     "shard null": (b'{"weight_map": {"a": null}}', "does not name a shard"),
     "shard a list": (b'{"weight_map": {"a": ["x.safetensors"]}}', "does not name a shard"),
@@ -56,6 +58,11 @@ def test_what_is_no_index_is_an_error_in_words(data: bytes, words: str) -> None:
         "\x1b[2J.safetensors",
         "x\u202e.safetensors",
         "x\udc80.safetensors",
+        "x.safetensors.",
+        "x.safetensors ",
+        "NUL",
+        "nul.safetensors",
+        "Com1 .x.safetensors",
     ],
 )
 def test_name_that_could_lead_elsewhere_is_refused(name: str) -> None:
@@ -66,6 +73,8 @@ def test_name_that_could_lead_elsewhere_is_refused(name: str) -> None:
     assert caught.value.tensor == "t"
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "a b.safetensors", "模型.safetensors", "..x"])
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00002.safetensors", "a b.safetensors", "模型.safetensors", "..x", "console.x", "com.x"]
+)
 def test_ordinary_name_is_plain(name: str) -> None:
     assert is_plain_name(name)

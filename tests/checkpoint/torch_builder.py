@@ -102,6 +102,7 @@ class Entry:
     descriptor: bytes = b""
     disk: int = 0
     attributes: int = 0
+    needed_version: int = 20
 
 
 def zip_file(
@@ -120,7 +121,8 @@ def zip_file(
         local = (b"PK\3\4", 20, local_flags, method, 0, 0, 0, local_size, local_size, len(local_name))
         body += struct.pack("<4s5H3L2H", *local, len(entry.local_extra)) + local_name + entry.local_extra
         body += entry.data + entry.descriptor
-        record = (b"PK\1\2", 20, 20, entry.flags, entry.method, 0, 0, 0, stored, size, len(entry.name))
+        versions = 20, entry.needed_version
+        record = (b"PK\1\2", *versions, entry.flags, entry.method, 0, 0, 0, stored, size, len(entry.name))
         directory += struct.pack("<4s6H3L5H2L", *record, len(entry.extra), 0, entry.disk, 0, entry.attributes, offset)
         directory += entry.name + entry.extra
     number = len(entries) if count is None else count

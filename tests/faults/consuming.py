@@ -68,7 +68,8 @@ def _stored(root: Path, shard: str) -> list[tuple[int, bytes]]:
             continue
         with partition:
             for tensor in partition.tensors:
-                if tensor.shard != shard:
+                starts = [place.start_offset for place in tensor.places() if place.shard == shard]
+                if not starts:
                     continue
                 raw, decoder = bytearray(), ChunkDecoder()
                 for chunk in range(tensor.first_chunk, tensor.first_chunk + tensor.chunk_count):
@@ -79,7 +80,7 @@ def _stored(root: Path, shard: str) -> list[tuple[int, bytes]]:
                     except MmsplitError:
                         break
                     raw += piece
-                found.append((tensor.source_start, bytes(raw)))
+                found += [(start, bytes(raw)) for start in starts]
     return found
 
 

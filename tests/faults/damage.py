@@ -14,16 +14,15 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-import xxhash
-import zstandard
 from checkpoints import CAUSAL_CONFIG, Weight, llama_weights, tree, write_checkpoint
 from scenarios import BY_NAME, Work, compare
 from trials import Outcome, Stage, guarded
 
+from mmsplit.digests import sha256_of
 from mmsplit.errors import FormatError, IntegrityError, MmsplitError
-from mmsplit.sidecar.framing import TRAILER_BYTES, pack_trailer, parse_trailer
 from mmsplit.sidecar.layout import CHUNK_BYTES, DATA_START
 from mmsplit.sidecar.partition_reader import Fault, open_partition_files
+from mmsplit.sidecar.payload_tail import pack_tail
 from mmsplit.verbs.load import open_partition
 from mmsplit.verbs.split import split
 from mmsplit.verbs.verify import Level, verify
@@ -184,22 +183,10 @@ def _write_index(root: Path, change: Callable[[bytearray], None]) -> Path:
     manifest_path, path = root / "partition_0.json", root / "partition_0.bin"
     with open_partition_files(manifest_path, "pread") as partition:
         start, index = partition.manifest.data_stop, bytearray(partition.index.tobytes())
-    old = xxhash.xxh3_64_hexdigest(index)
+    old = sha256_of(index)
     change(index)
-    text = manifest_path.read_bytes().replace(old.encode(), xxhash.xxh3_64_hexdigest(index).encode())
-    payload = path.read_bytes()
-    trailer = parse_trailer(payload[-TRAILER_BYTES:], len(payload))
-    assert trailer is not None
-    copy = zstandard.ZstdCompressor().compress(text)
-    tail = pack_trailer(
-        trailer._replace(
-            copy_xxh3=xxhash.xxh3_64_intdigest(copy),
-            manifest_stored_bytes=len(copy),
-            manifest_bytes=len(text),
-            manifest_xxh3=xxhash.xxh3_64_intdigest(text),
-        )
-    )
-    path.write_bytes(payload[:start] + index + copy + tail)
+    text = manifest_path.read_bytes().replace(old.encode(), sha256_of(index).encode())
+    path.write_bytes(path.read_bytes()[:start] + pack_tail(bytes(index), start, text))
     manifest_path.write_bytes(text)
     return manifest_path
 
@@ -209,7 +196,7 @@ def forged_indexes(made: Path, victim: Path, fields: Iterable[int]) -> Iterator[
 
     `fields` number pairs of a field and a lie.
     """
-    layout = ((0, 8), (8, 4), (12, 4), (16, 8), (24, 8), (32, 4), (36, 1), (37, 1), (38, 2))
+    layout = ((0, 8), (8, 4), (12, 4), (16, 8), (24, 8), (32, 4), (36, 1), (37, 1), (38, 2), (40, 32))
     lies = [(at, size, lie) for at, size in layout for lie in (0, 1, 1 << (8 * size - 1), (1 << (8 * size)) - 1)]
     for number in fields:
         at, size, lie = lies[number % len(lies)]

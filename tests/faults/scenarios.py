@@ -15,8 +15,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import consuming
 from checkpoints import CAUSAL_CONFIG, Weight, flip, llama_weights, tree, write_checkpoint
@@ -24,7 +26,9 @@ from fault_layer import Crash, Fault, Layer
 
 from mmsplit.errors import MmsplitError
 from mmsplit.remote.source import HubOptions
+from mmsplit.sidecar import shard_writer
 from mmsplit.sidecar.output_directory import STATE_NAME
+from mmsplit.sidecar.payload_file import PayloadFile
 from mmsplit.verbs.download import download
 from mmsplit.verbs.merge import merge
 from mmsplit.verbs.pull import pull
@@ -180,7 +184,12 @@ def _split(existing: str, num_parts: int = 2, only: tuple[int, ...] | None = Non
 
 
 def _merge(*, resume: bool) -> Act:
-    return lambda work: merge(work.source, work.out, resume=resume, threads=1)
+    def act(work: Work) -> object:
+        # It cannot be told how to write, and finds out what the file system takes.
+        with mock.patch.object(shard_writer, "PayloadFile", partial(PayloadFile, direct=work.direct)):
+            return merge(work.source, work.out, resume=resume, threads=1)
+
+    return act
 
 
 def _pull(*, force: bool) -> Act:

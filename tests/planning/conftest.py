@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
+from mixtures import MakeShaped, open_shapes
 
 from mmsplit.checkpoint import Checkpoint, open_checkpoint
 
@@ -27,3 +29,9 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
         return open_checkpoint(tmp_path)
 
     return make
+
+
+@pytest.fixture
+def shaped(tmp_path: Path) -> MakeShaped:
+    """Open a checkpoint of one shard: name -> shape, in BF16 unless told, and a config.json."""
+    return partial(open_shapes, tmp_path)

@@ -107,6 +107,7 @@ def test_bad_files_have_one_clear_error(case: str) -> None:
     message = str(caught.value)
     assert message.startswith("nodes.toml: ")
     assert [word for word in words if word not in message] == []
+    assert caught.value.hint
     assert len(message) < 500
     assert message.isprintable()
 

@@ -53,7 +53,7 @@ CASES = {
         [*LLAMA, "lm_head.weight"],
         architecture("LlamaForCausalLM", tie_word_embeddings=True),
         [],
-        ["both are kept"],
+        ["lm_head.weight is stored, too"],
     ),
     "base model": (LLAMA, architecture("LlamaModel"), [], []),
     "classifier": ([*LLAMA, "score.weight"], architecture("LlamaForSequenceClassification"), [], []),

@@ -170,6 +170,21 @@ def test_a_failure_to_find_the_commit_is_not_remembered(hub: LoopbackHub, commit
     assert model.commit == commit
 
 
+@pytest.mark.parametrize("keep_source", [False, True])
+def test_export_is_that_of_the_files(hub: LoopbackHub, model: Path, tmp_path: Path, keep_source: bool) -> None:
+    """Of the pinned commit, whatever is pushed; also from within a loop."""
+    there = HubModel(ID, cache_dir=tmp_path / "cache")
+    assert there.commit
+    hub.move_main(ID, {"README.md": b"news"})
+    arguments = {"part_ids": [1], "max_shard_bytes": 10**6}
+    mmsplit.export(model, tmp_path / "local", 2, **arguments)
+    there.export(tmp_path / "a", 2, keep_source=keep_source, **arguments)
+    asyncio.run(there.export_async(tmp_path / "b", 2, keep_source=keep_source, **arguments))
+    weights = {name: data for name, data in tree(tmp_path / "local").items() if name != "mmsplit_export.json"}
+    for out in ("a", "b"):
+        assert {name: data for name, data in tree(tmp_path / out).items() if name in weights} == weights
+
+
 def test_async_variants_give_the_same(hub: LoopbackHub, expected: dict[str, bytes], tmp_path: Path) -> None:
     """Several at once, from one object."""
 

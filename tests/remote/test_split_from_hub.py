@@ -81,6 +81,22 @@ def expected(model: Path, hub: LoopbackHub, tmp_path: Path) -> dict[str, bytes]:
     return tree(tmp_path / "local")
 
 
+def test_sliced_experts_from_the_hub(tmp_path: Path) -> None:
+    """The published SHA-256 is that of the shards put together again from slices in several partitions."""
+    weights = [*layer(0), Weight("model.layers.1.mlp.experts.up_proj", "BF16", (5, 700, 1001))]
+    source = write_checkpoint(tmp_path / "hub" / ID, [weights[::2], weights[1::2]], index=True, files=FILES)
+    with LoopbackHub(tmp_path / "hub") as hub:
+        options = HubOptions(endpoint=hub.endpoint, cache_dir=tmp_path / "cache")
+        result = mmsplit.split(ID, tmp_path / "out", 4, split_by="expert", hub=options)
+    assert result.manifest is not None
+    found = {shard.name: (shard.sha256, shard.sha256_is_published) for shard in result.manifest.shards}
+    for name, (digest, is_published) in found.items():
+        assert (digest, is_published) == (f"sha256:{hashlib.sha256((source / name).read_bytes()).hexdigest()}", False)
+    commit = result.manifest.revision
+    mmsplit.split(source, tmp_path / "local", 4, split_by="expert", model_id=ID, revision=commit)
+    assert tree(tmp_path / "out") == tree(tmp_path / "local")
+
+
 def test_the_same_set_as_from_disk(
     model: Path, hub: LoopbackHub, options: HubOptions, expected: dict[str, bytes], tmp_path: Path
 ) -> None:

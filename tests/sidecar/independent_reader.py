@@ -1,4 +1,4 @@
-"""Reads a partition set by mmsplit/sidecar/FORMAT.md alone: no mmsplit, no numpy; standard library, zstandard, xxhash.
+"""Reads a partition set by mmsplit/sidecar/FORMAT.md alone: no mmsplit, no numpy; only zstandard, xxhash and blake3.
 
 It proves that the page is complete, and it shows how little a reader in another language needs.  It checks
 everything it can and keeps all in memory, so it is for small sets.
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import blake3
 import xxhash
 import zstandard
 
@@ -29,8 +30,8 @@ MAX_KEPT_BYTES = 512 << 20
 MAX_MANIFEST_BYTES = 1 << 30
 
 HEADER = struct.Struct("<8sIIII32s32sQ")
-RECORD = struct.Struct("<QIIQQIBBH")
-TRAILER = struct.Struct("<8sQQQQQQQ")
+RECORD = struct.Struct("<QIIQQIBBH32s")
+TRAILER = struct.Struct("<8sQQQQQ")
 PLANE_ENTRY = struct.Struct("<II")
 
 RAW, ZSTD, PLANES = 0, 1, 2
@@ -54,15 +55,14 @@ class Record(NamedTuple):
     codec: int
     layout: int
     reserved: int
+    stored_blake3: bytes
 
 
 class Trailer(NamedTuple):
     """The fields of a trailer between magic and checksum."""
 
     index_offset: int
-    copy_xxh3: int
     manifest_offset: int
-    manifest_stored_bytes: int
     manifest_bytes: int
     manifest_xxh3: int
 
@@ -73,6 +73,7 @@ class Tensor(NamedTuple):
     name: str
     dtype: str
     shape: list[int]
+    rows: dict | None
     shard: str
     source_range: tuple[int, int]
     is_tied: bool
@@ -97,9 +98,10 @@ class PartitionSet(NamedTuple):
     files: dict[str, bytes]
 
 
-def read_set(directory: Path) -> PartitionSet:
-    """Read, verify and decode all of a set and put its shards together again."""
+def read_set(directory: Path, root_digest: str | None = None) -> PartitionSet:
+    """Read, verify and decode all of a set, that of `root_digest` if given, and put its shards together again."""
     manifest = parse_set_manifest((directory / "partition_set.json").read_bytes())
+    require(root_digest in (None, manifest["root_digest"]), "another set")
     files = {}
     for entry in manifest["files"]:
         for part in entry["name"].split("/"):
@@ -122,6 +124,7 @@ def read_set(directory: Path) -> PartitionSet:
     kept_of = {shard["name"]: kept_bytes(shard["kept"]) for shard in manifest["source"]["shards"]}
     require(source_digest(manifest, kept_of) == manifest["source_digest"], "source_digest")
     require(plan_digest(partitions) == manifest["plan_digest"], "plan_digest")
+    check_rows(partitions)
     for field in ("total_bytes", "stored_bytes"):
         require(sum(partition.manifest[field] for partition in partitions) == manifest[field], field)
     entries = manifest["source"]["shards"]
@@ -141,7 +144,7 @@ def read_partition(text: bytes, payload: bytes) -> Partition:
     start, size = place["data_stop"], RECORD.size * place["chunk_count"]
     require((trailer.index_offset, trailer.manifest_offset) == (start, start + size), "trailer and manifest disagree")
     index = payload[start : start + size]
-    require(xxh3_hex(index) == place["index_xxh3"], "index_xxh3")
+    require(sha256(index) == place["index_sha256"], "index_sha256")
     records = [Record(*fields) for fields in RECORD.iter_unpack(index)]
     check_layers(manifest, records)
     check_padding(manifest, records, payload)
@@ -158,6 +161,7 @@ def read_partition(text: bytes, payload: bytes) -> Partition:
                     entry["name"],
                     entry["dtype"],
                     entry["shape"],
+                    entry.get("rows"),
                     entry["shard"],
                     tuple(entry["source_range"]),
                     "alias" in layer,
@@ -224,21 +228,19 @@ def parse_trailer(payload: bytes) -> Trailer:
     require(payload[:12] == b"MMSPLIT\0" + struct.pack("<I", FORMAT_VERSION), "magic or format_version")
     block = payload[-TRAILER.size :]
     magic, *fields, checksum = TRAILER.unpack(block)
-    require(magic == b"MMSPLEND" and checksum == xxhash.xxh3_64_intdigest(block[:56]), "trailer")
+    require(magic == b"MMSPLEND" and checksum == xxhash.xxh3_64_intdigest(block[:40]), "trailer")
     trailer = Trailer(*fields)
     require(trailer.index_offset >= DATA_START and trailer.index_offset % SLOT_ALIGNMENT == 0, "index_offset")
     index_bytes = trailer.manifest_offset - trailer.index_offset
     require(index_bytes >= 0 and index_bytes % RECORD.size == 0, "manifest_offset")
-    require(trailer.manifest_offset + trailer.manifest_stored_bytes + TRAILER.size == len(payload), "payload size")
+    require(trailer.manifest_offset + trailer.manifest_bytes + TRAILER.size == len(payload), "payload size")
     return trailer
 
 
 def manifest_copy(payload: bytes, trailer: Trailer) -> bytes:
     """Return the manifest that the payload carries."""
-    frame = payload[trailer.manifest_offset : trailer.manifest_offset + trailer.manifest_stored_bytes]
-    require(xxhash.xxh3_64_intdigest(frame) == trailer.copy_xxh3, "copy_xxh3")
     require(trailer.manifest_bytes <= MAX_MANIFEST_BYTES, "manifest_bytes")
-    text = unzstd(frame, trailer.manifest_bytes)
+    text = payload[trailer.manifest_offset : trailer.manifest_offset + trailer.manifest_bytes]
     require(xxhash.xxh3_64_intdigest(text) == trailer.manifest_xxh3, "manifest_xxh3")
     return text
 
@@ -294,6 +296,7 @@ def read_tensor(entry: dict, number: int, records: list[Record], payload: bytes,
         require(record.stored_offset >= DATA_START and stop <= data_stop, "chunk leaves the payload")
         stored = payload[record.stored_offset : stop]
         require(xxhash.xxh3_64_intdigest(stored) == record.stored_xxh3, "stored_xxh3")
+        require(blake3.blake3(stored).digest() == record.stored_blake3, "stored_blake3")
         chunk = decode_chunk(stored, record)
         require(xxhash.xxh3_64_intdigest(chunk) == record.raw_xxh3, "raw_xxh3")
         raw += chunk
@@ -380,7 +383,8 @@ def parse_manifest(text: bytes) -> dict:
     """Parse a partition manifest and check what can be checked without the payload."""
     manifest = parse_json(text, "mmsplit-partition")
     fields = manifest["payload"]
-    require(fields["checksum"] == "xxh3_64" and fields["chunk_bytes"] == CHUNK_BYTES, "checksum kind or chunk_bytes")
+    require((fields["checksum"], fields["digest"]) == ("xxh3_64", "blake3"), "kind of checksum or digest")
+    require(fields["chunk_bytes"] == CHUNK_BYTES, "chunk_bytes")
     require(0 <= manifest["part_id"] < manifest["num_parts"], "part_id")
     require(fields["file"] == f"partition_{manifest['part_id']}.bin", "payload file")
     require(fields["data_stop"] % SLOT_ALIGNMENT == 0, "data_stop")
@@ -397,6 +401,10 @@ def parse_manifest(text: bytes) -> dict:
             require(entry["source_range"][1] - entry["source_range"][0] == entry["bytes"], "source_range")
             require((entry["xxh3"] is not None) == stored, "xxh3")
             require(is_plain_name(entry["shard"]), "shard")
+            if "rows" in entry:
+                start, stop, whole = (entry["rows"][field] for field in ("start", "stop", "shape"))
+                require(not any(tied) and 0 <= start < stop <= whole[0], "rows")
+                require(entry["shape"] == [stop - start, *whole[1:]], "shape of rows")
             chunk += count
         held = layer["tensors"] if stored else ()
         require(layer["total_params"] == sum(entry["params"] for entry in held), "layer total_params")
@@ -495,11 +503,41 @@ def plan_digest(partitions: list[Partition]) -> str:
 
     def row(layer: dict) -> list:
         names = [entry["name"] for entry in layer["tensors"]]
+        for number, entry in enumerate(layer["tensors"]):
+            if "rows" in entry:
+                names[number] = [entry["name"], entry["rows"]["start"], entry["rows"]["stop"]]
         what = [layer[field] for field in ("name", "layer_type", "stack", "index")]
         return [*what, names, layer.get("alias"), layer.get("tied_to"), layer.get("stored", True)]
 
     plan = [[row(layer) for layer in partition.manifest["layers"]] for partition in partitions]
     return sha256(text(plan).encode("ascii"))
+
+
+def join_rows(name: str, partitions: list[Partition]) -> bytes:
+    """Return the raw bytes of a tensor, wherever its rows lie."""
+    found = [tensor for partition in partitions for tensor in partition.tensors if tensor.name == name]
+    slices = [tensor for tensor in found if tensor.rows is not None]
+    if not slices:
+        return next(tensor.raw for tensor in found if tensor.raw is not None)
+    return b"".join(tensor.raw for tensor in sorted(slices, key=lambda tensor: tensor.rows["start"]))
+
+
+def check_rows(partitions: list[Partition]) -> None:
+    """Require that the slices of each sliced tensor are of one tensor and have each of its rows once."""
+    slices: dict[str, list[Tensor]] = {}
+    for partition in partitions:
+        for tensor in partition.tensors:
+            if not tensor.is_tied:
+                slices.setdefault(tensor.name, []).append(tensor)
+    for found in slices.values():
+        if all(tensor.rows is None for tensor in found):
+            require(len(found) == 1, "a tensor is in two layers without being tied")
+            continue
+        row, dtype, shape = 0, found[0].dtype, found[0].rows["shape"]
+        for tensor in sorted(found, key=lambda tensor: tensor.rows["start"]):
+            require((tensor.rows["start"], tensor.rows["shape"], tensor.dtype) == (row, shape, dtype), "rows")
+            row = tensor.rows["stop"]
+        require(row == shape[0], "rows are missing")
 
 
 def merge_shard(entry: dict, kept: bytes, partitions: list[Partition]) -> bytes:
@@ -552,7 +590,12 @@ def round_up(position: int, alignment: int) -> int:
 
 def is_plain_name(name: str) -> bool:
     """Whether a name can only mean a file in its directory."""
-    return name not in ("", ".", "..") and name.isprintable() and not re.search(r"[/\\:]", name)
+    if name == "" or name[-1] in ". " or not name.isprintable() or re.search(r"[/\\:]", name):
+        return False
+    device = name.partition(".")[0].rstrip(" ").upper()
+    return device not in {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} and not re.fullmatch(
+        "(COM|LPT)[0-9¹²³]", device
+    )
 
 
 def sha256(data: bytes) -> str:

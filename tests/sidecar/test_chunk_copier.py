@@ -14,6 +14,7 @@ import xxhash
 from checkpoints import flip, open_descriptors
 
 from mmsplit.checkpoint import Scratch, TensorInfo
+from mmsplit.digests import chunk_digest
 from mmsplit.errors import IntegrityError, OutputError
 from mmsplit.planning import PlannedLayer, PlannedPartition, iter_stored
 from mmsplit.sidecar.chunk_copier import ChunkCopier
@@ -45,7 +46,8 @@ def _write(writer: PayloadWriter, root: Path) -> None:
     records = empty_index(2)
     for number, begin in enumerate((0, 5056)):
         checksum, size = xxhash.xxh3_64_intdigest(_raw(number)), _SIZES[number]
-        records[number] = (begin, size, size, checksum, checksum, number, 0, 0, 0)
+        digest = chunk_digest(_raw(number))
+        records[number] = (begin, size, size, checksum, checksum, number, 0, 0, 0, digest)
     writer.open()
     writer.write(0, 0, writer.place(0, 5156), block, records)
     writer.finish(b"{}", root / "partition_0.json")

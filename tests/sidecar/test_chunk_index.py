@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD, ChunkIndex, empty_index, expected_raw, find_fault, tensor_checksum
-from mmsplit.sidecar.layout import CHUNK_ALIGNMENT, CHUNK_BYTES, DATA_START, SLOT_ALIGNMENT, aligned, chunk_count_of
+from mmsplit.sidecar.layout import (
+    CHUNK_ALIGNMENT,
+    CHUNK_BYTES,
+    DATA_START,
+    RECORD_BYTES,
+    SLOT_ALIGNMENT,
+    aligned,
+    chunk_count_of,
+)
 
 _sizes = st.lists(st.one_of(st.integers(0, 9000), st.integers(0, 3 * CHUNK_BYTES)), max_size=8)
 
@@ -23,14 +31,15 @@ def _sound(sizes: list[int], stored_of: int = 1) -> tuple[ChunkIndex, int]:
             raw = min(CHUNK_BYTES, size - start)
             stored = max(1, raw // stored_of)
             begin = aligned(position, CHUNK_ALIGNMENT)
-            index[row] = (begin, stored, raw, 1, 2, tensor, 2 if stored < raw else 0, 4 if stored < raw else 0, 0)
+            codec, word = (2, 4) if stored < raw else (0, 0)
+            index[row] = (begin, stored, raw, 1, 2, tensor, codec, word, 0, bytes(32))
             position, row = begin + stored, row + 1
     return index, aligned(position, SLOT_ALIGNMENT)
 
 
-def test_a_record_has_40_bytes() -> None:
+def test_a_record_has_72_bytes() -> None:
     """The size that FORMAT.md gives, without padding."""
-    assert CHUNK_RECORD.itemsize == 40
+    assert CHUNK_RECORD.itemsize == RECORD_BYTES == 72
 
 
 @given(_sizes, st.integers(1, 5))

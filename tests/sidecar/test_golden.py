@@ -36,8 +36,8 @@ def files_of(directory: Path) -> dict[str, bytes]:
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
-def test_there_is_a_golden_set():
-    assert [golden.name for golden in GOLDENS] == ["v1"]
+def test_the_golden_sets_are_there():
+    assert [golden.name for golden in GOLDENS] == list(make_golden.GOLDENS)
 
 
 @pytest.fixture(params=GOLDENS, ids=lambda path: path.name)
@@ -49,7 +49,7 @@ def test_golden_set_verifies_in_full(golden: Path):
     """Structure, stored and raw checksums are those that were written."""
     result = mmsplit.verify(golden / "set", level="full")
     assert result.problems == ()
-    assert result.partition_count == 2
+    assert result.partition_count == len(list((golden / "set").glob("partition_*.bin")))
 
 
 def test_golden_set_has_the_root_digest_that_was_recorded(golden: Path):
@@ -71,8 +71,9 @@ def test_golden_set_is_read_by_the_independent_reader(golden: Path):
     assert {name: hashlib.sha256(data).hexdigest() for name, data in files.items()} == recorded(golden)["sha256"]
 
 
-def test_golden_set_shows_what_the_format_can_hold(golden: Path):
+def test_golden_set_shows_what_the_format_can_hold():
     """Raw and planes chunks, a tensor of several chunks, an empty one, a copy of a tied weight, two shards."""
+    golden = HERE / "golden" / "v1"
     with mmsplit.open_partition(golden / "set" / "partition_1.json") as partition:
         layers = {layer.name: layer for layer in partition.layers}
         assert (layers["lm_head"].alias, layers["lm_head"].tied_to) == ("lm_head.weight", 0)
@@ -89,19 +90,32 @@ def test_golden_set_shows_what_the_format_can_hold(golden: Path):
     assert {record.layout for record in chunks if record.codec == 2} >= {0, 3, 4, 5}
 
 
+def test_golden_set_of_experts_shows_slices():
+    """Each partition of experts has its rows of a packed tensor, and the set has it whole."""
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    golden = HERE / "golden" / "v1-experts"
+    with mmsplit.open_set(golden / "set") as partitions:
+        rows = [partitions.partition(part_id).entry(name).rows for part_id in (1, 2)]
+        assert [(row.start, row.stop, row.shape) for row in rows] == [(0, 2, (5, 64, 12)), (2, 5, (5, 64, 12))]
+        assert name not in partitions.partition(0)
+        whole = partitions[name]
+    assert whole.shape == (5, 64, 12)
+    independent_reader = load_script(HERE / "independent_reader.py")
+    assert independent_reader.join_rows(name, independent_reader.read_set(golden / "set").partitions) == whole.tobytes()
+
+
 def test_the_golden_checkpoint_is_still_made_of_the_same_bytes(golden: Path, tmp_path: Path):
-    make_golden.write_checkpoint(tmp_path)
-    assert make_golden.sha256_of_files(tmp_path) == recorded(golden)["sha256"]
+    make_golden.GOLDENS[golden.name].write_checkpoint(tmp_path / "source")
+    assert make_golden.sha256_of_files(tmp_path / "source") == recorded(golden)["sha256"]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_splitting_the_same_source_gives_the_golden_bytes(tmp_path: Path, threads: int):
+def test_splitting_the_same_source_gives_the_golden_bytes(golden: Path, tmp_path: Path, threads: int):
     """Byte identity needs the same zstd, reading does not."""
-    golden = GOLDENS[-1]
     versions = make_golden.library_versions()
     made_with = {key: recorded(golden)[key] for key in versions}
     if made_with != versions:
         pytest.skip(f"golden was encoded by {made_with}, here is {versions}: frames may differ")
-    make_golden.write_checkpoint(tmp_path / "source")
-    make_golden.split_checkpoint(tmp_path / "source", tmp_path / "set", threads=threads)
+    make_golden.GOLDENS[golden.name].write_checkpoint(tmp_path / "source")
+    make_golden.GOLDENS[golden.name].split(tmp_path / "source", tmp_path / "set", threads=threads)
     assert files_of(tmp_path / "set") == files_of(golden / "set")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmsplit.checkpoint import TensorRows
+from mmsplit.checkpoint.weights_index import is_plain_name
 from mmsplit.codec import CODEC_NAMES
 from mmsplit.dtypes import DTYPES
 from mmsplit.errors import FormatError, IntegrityError, MmsplitError
@@ -39,7 +42,7 @@ from mmsplit.sidecar.set_manifest import (
 _digest = st.binary(min_size=32, max_size=32).map(lambda value: f"sha256:{value.hex()}")
 _xxh3 = st.integers(0, 2**64 - 1).map(lambda value: f"{value:016x}")
 _count = st.integers(0, 2**63)
-_plain = st.text("abcXYZ019._- éß", min_size=1, max_size=12).filter(lambda name: name not in (".", ".."))
+_plain = st.text("abcXYZ019._- éß", min_size=1, max_size=12).filter(is_plain_name)
 _text = st.text(max_size=12)
 
 
@@ -64,6 +67,9 @@ def _manifests(draw: st.DrawFn) -> Manifest:
             size_bytes = draw(st.integers(0, 2**33)) if dtype not in DTYPES else params * bits // 8
             count = chunk_count_of(size_bytes) if stored else 0
             start = draw(_count)
+            is_slice = alias is None and shape and shape[0] > 0 and draw(st.booleans())
+            first_row = draw(st.integers(0, 2**40))
+            whole = (first_row + shape[0] + draw(st.integers(0, 2**40)), *shape[1:]) if is_slice else ()
             xxh3 = draw(_xxh3) if stored else None
             tensors.append(
                 TensorEntry(
@@ -78,6 +84,7 @@ def _manifests(draw: st.DrawFn) -> Manifest:
                     draw(_plain),
                     start,
                     start + size_bytes,
+                    TensorRows(first_row, first_row + shape[0], whole) if is_slice else None,
                 )
             )
             chunk += count
@@ -107,7 +114,7 @@ def _manifests(draw: st.DrawFn) -> Manifest:
         payload_file=payload_name(part_id),
         data_stop=position,
         chunk_count=chunk,
-        index_xxh3=draw(_xxh3),
+        index_sha256=draw(_digest),
         stored_bytes=sum(layer.stored_bytes for layer in layers),
         layers=tuple(layers),
     )
@@ -120,7 +127,8 @@ _kept = st.binary(max_size=50).map(KeptBytes.of)
 def _shards(draw: st.DrawFn, name: str) -> ShardEntry:
     sha256 = draw(st.none() | _digest)
     is_published = sha256 is not None and draw(st.booleans())
-    return ShardEntry(name, draw(_count), sha256, draw(_kept), is_published)
+    kept = draw(_kept)
+    return ShardEntry(name, max(draw(_count), kept.size_bytes), sha256, kept, is_published)
 
 
 @st.composite
@@ -210,10 +218,11 @@ def _base() -> dict:
     payload = {
         "file": "partition_0.bin",
         "checksum": "xxh3_64",
+        "digest": "blake3",
         "chunk_bytes": 4 << 20,
         "chunk_count": 1,
         "data_stop": 8192,
-        "index_xxh3": "0" * 16,
+        "index_sha256": "sha256:" + "0" * 64,
     }
     return {
         "format": "mmsplit-partition",
@@ -257,7 +266,9 @@ def _change(key: str, value: object) -> Callable[[dict], None]:
         ("layers.0.total_bytes", 4, IntegrityError, "total_bytes of a do not fit"),
         ("layers.0.total_params", 4, IntegrityError, "total_params of a do not fit"),
         ("layers.0.tied_to", 1, IntegrityError, "tied to a partition that is none"),
-        ("payload.index_xxh3", "0" * 15, FormatError, "not a checksum"),
+        ("payload.index_sha256", "sha256:" + "0" * 63, FormatError, "not a digest"),
+        ("payload.digest", "md5", FormatError, "digest is not one this mmsplit reads.*expected blake3"),
+        ("layers.0.tensors.0.xxh3", "0" * 15, FormatError, "not a checksum"),
         ("plan_digest", "md5:" + "0" * 64, FormatError, "not a digest of a kind known here"),
         ("plan_digest", "sha256:" + "A" * 64, FormatError, "not a digest"),
         ("part_id", True, FormatError, "not int"),
@@ -280,6 +291,19 @@ def _change(key: str, value: object) -> Callable[[dict], None]:
         ("layers.0.tensors.0.shape", [True], FormatError, "shape is not a list of sizes"),
         ("layers.0.tensors.0.dtype", "F32", IntegrityError, "dtype and shape do not fit"),
         ("layers.0.tensors.0.shard", "a/b", FormatError, "not a plain file name"),
+        ("layers.0.tensors.0.rows", 3, FormatError, "'rows' is missing or not dict"),
+        ("layers.0.tensors.0.rows", {"start": 0, "stop": 2}, FormatError, "'shape' is missing"),
+        ("layers.0.tensors.0.rows", {"start": -1, "stop": 1, "shape": [4]}, FormatError, "out of range"),
+        ("layers.0.tensors.0.rows", {"start": 2, "stop": 2, "shape": [4]}, IntegrityError, "rows do not fit"),
+        ("layers.0.tensors.0.rows", {"start": 0, "stop": 9, "shape": [9]}, IntegrityError, "rows do not fit"),
+        ("layers.0.tensors.0.rows", {"start": 0, "stop": 2, "shape": []}, IntegrityError, "rows do not fit"),
+        ("layers.0.tensors.0.also", [{"name": "b", "shard": "s"}], FormatError, "'source_range' is missing"),
+        (
+            "layers.0.tensors.0.also",
+            [{"name": "b", "shard": "s", "source_range": [0, 4]}],
+            IntegrityError,
+            "has another length",
+        ),
         ("layers.0.alias", "x", FormatError, "field 'stored' is missing"),
         ("layers.0.tensors", [], IntegrityError, "is not the sum"),
     ],
@@ -290,6 +314,28 @@ def test_a_manifest_that_lies_is_refused(key: str, value: object, error: type[Mm
     parse_manifest(json.dumps(manifest).encode(), "p")
     _change(key, value)(manifest)
     with pytest.raises(error, match=match):
+        parse_manifest(json.dumps(manifest).encode(), "p")
+
+
+@pytest.mark.parametrize(
+    ("view", "rows", "match"),
+    [
+        ({"offset": 1}, None, None),
+        ({"offset": 2}, None, "does not lie in a whole tensor"),
+        ({"tensor": "other"}, None, "does not lie in a whole tensor"),
+        ({}, {"start": 1, "stop": 4, "shape": [4]}, "does not lie in a whole tensor"),
+    ],
+)
+def test_a_view_lies_in_a_whole_tensor_of_its_layer(view: dict[str, object], rows: object, match: str | None) -> None:
+    """Within its bytes; and what is in slices is nobody's to see."""
+    manifest = _base()
+    (layer,) = manifest["layers"]
+    (tensor,) = layer["tensors"]
+    sound = {"name": "v", "tensor": tensor["name"], "dtype": "U8", "shape": [2], "stride": [1], "offset": 0}
+    layer["views"] = [sound | view]
+    if rows is not None:
+        tensor["rows"] = rows
+    with nullcontext() if match is None else pytest.raises(IntegrityError, match=match):
         parse_manifest(json.dumps(manifest).encode(), "p")
 
 

@@ -135,7 +135,7 @@ def test_a_set_holds_its_partitions(made: Path, tmp_path: Path) -> None:
     for name in ("partition_0.json", "partition_0.bin"):
         shutil.copyfile(tmp_path / "other" / name, made / name)
     open_partition_files(made / "partition_0.json").close()
-    with pytest.raises(IntegrityError, match="not of this set"):
+    with pytest.raises(IntegrityError, match="not the one the set was made with"):
         open_partition_of_set(made, read_set_manifest(made), 0, "auto")
     open_partition_of_set(made, read_set_manifest(made), 1, "auto").close()
     assert open_descriptors() == before

@@ -11,6 +11,7 @@ import pytest
 import xxhash
 
 from mmsplit.checkpoint import Scratch, TensorInfo
+from mmsplit.digests import chunk_digest
 from mmsplit.errors import OutputError
 from mmsplit.planning import PlannedLayer
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD, ChunkIndex, empty_index
@@ -40,7 +41,7 @@ def _encoded(slot: Slot) -> tuple[memoryview, ChunkIndex]:
     block[: len(raw)] = raw
     records = empty_index(1)
     checksum = xxhash.xxh3_64_intdigest(raw)
-    records[0] = (0, len(raw), len(raw), checksum, checksum, chunk.tensor_index, 0, 0, 0)
+    records[0] = (0, len(raw), len(raw), checksum, checksum, chunk.tensor_index, 0, 0, 0, chunk_digest(raw))
     return block, records
 
 

@@ -14,7 +14,7 @@ from mmsplit.sidecar.scrub import Stretch
 from mmsplit.sidecar.scrub_history import HistoryEntry, append_entry, read_entries, verified_since
 
 TIME = datetime(2026, 11, 1, 2, 0, tzinfo=UTC)
-ENTRY = HistoryEntry(TIME, "sha256:a", None, "stored", "3/7", None, (Stretch(0, 10),), 4, 100, 0)
+ENTRY = HistoryEntry(TIME, "sha256:a", None, "stored", False, "3/7", None, (Stretch(0, 10),), 4, 100, 0)
 
 
 def test_what_is_appended_is_read(tmp_path: Path) -> None:
@@ -99,7 +99,14 @@ def test_every_way_to_cut_a_line(tmp_path: Path) -> None:
 def test_what_counts_as_verified(change: dict[str, object], counts: bool) -> None:
     """The same set, closely enough, late enough, and nothing found."""
     entry = ENTRY._replace(**change)  # type: ignore[arg-type]
-    assert verified_since([entry], "sha256:a", "stored", TIME) == (ENTRY.stretches if counts else ())
+    assert verified_since([entry], "sha256:a", "stored", TIME, digests=False) == (ENTRY.stretches if counts else ())
+
+
+@pytest.mark.parametrize("digests", [True, False])
+def test_what_was_held_to_checksums_only_is_not_held_to_digests(digests: bool) -> None:
+    """Who trusts a root asks for digests."""
+    entry = ENTRY._replace(digests=digests)
+    assert verified_since([entry], "sha256:a", "stored", TIME, digests=True) == (ENTRY.stretches if digests else ())
 
 
 def test_a_history_that_cannot_be_written(tmp_path: Path) -> None:

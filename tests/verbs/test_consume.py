@@ -134,7 +134,7 @@ def test_no_other_command_replaces_the_only_copy(tmp_path: Path, model: Path, mo
         if damage is not None:
             damage()
         before = tree(out)
-        with pytest.raises(OutputExistsError, match="only copy|deletes its source"):
+        with pytest.raises(OutputExistsError, match=r"only copy|deletes its source"):
             split(other, out, 2, existing="force", consume=True)
         assert tree(out) == before
 
@@ -155,6 +155,26 @@ def test_resume_takes_a_source_that_was_moved_and_not_one_that_was_changed(
     split(copy, out, 3, existing="resume", consume=True)
     assert tree(out) == tree(tmp_path / "plain")
     assert shards_in(copy) == []
+
+
+def test_tensors_of_equal_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found when all shards were there, remembered when they are not; both shards are held by one tensor."""
+    weights = llama_weights(4, head=True)
+    model = write_checkpoint(tmp_path / "model", [weights[:1], weights[2:6], weights[6:-1], [weights[-1], weights[1]]])
+    head, embedding = model / SHARD.format(4), model / SHARD.format(1)
+    data = bytearray(head.read_bytes())
+    start, size = 8 + int.from_bytes(data[:8], "little"), 64 * 32 * 2
+    data[start : start + size] = embedding.read_bytes()[-size:]
+    head.write_bytes(data)
+    before, out = tree(model), tmp_path / "set"
+    split(model, tmp_path / "plain", 3)
+    interrupted(model, out, monkeypatch)
+    assert 0 < len(shards_in(model)) < 4
+    split(model, out, 3, existing="resume", consume=True)
+    assert tree(out) == tree(tmp_path / "plain")
+    assert split(model, out, 3, existing="resume", consume=True).already_finished
+    merge(out, tmp_path / "merged", consume=True)
+    assert tree(tmp_path / "merged") == before
 
 
 def test_resume_with_another_encoder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 import mmsplit
 from mmsplit.errors import GgufFileError, MissingShardError
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "checkpoint"))
+from gguf_builder import Row, gguf_file, text
 
 FIXTURES = Path(__file__).parent.parent / "checkpoint" / "gguf_fixtures"
 WHOLE = ("llama_tied.gguf", "metadata.gguf", "mmproj.gguf", "shapes.gguf", "types.gguf")
@@ -48,3 +52,47 @@ def test_big_endian_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(GgufFileError, match="big-endian"):
         mmsplit.split(FIXTURES / "big_endian.gguf", tmp_path / "set", 1)
     assert not (tmp_path / "set").exists()
+
+
+#: A mixture of four experts; sizes fastest first, types F32, Q8_0 (34 bytes for 32) and Q4_K (144 for 256).
+MIXTURE = {
+    "token_embd.weight": ((32, 16), 0, 4 * 32 * 16),
+    "blk.0.attn_norm.weight": ((32,), 0, 4 * 32),
+    "blk.0.attn_q.weight": ((32, 32), 8, 34 * 32),
+    "blk.0.ffn_gate_inp.weight": ((32, 4), 0, 4 * 32 * 4),
+    "blk.0.ffn_up_exps.weight": ((32, 8, 4), 8, 34 * 8 * 4),
+    "blk.0.ffn_down_exps.weight": ((256, 3, 4), 12, 144 * 3 * 4),
+    "output_norm.weight": ((32,), 0, 4 * 32),
+    "output.weight": ((32, 16), 0, 4 * 32 * 16),
+}
+CUTS = {
+    "type": {"split_by": "type"},
+    "expert": {"split_by": "expert", "num_parts": 3},
+    "rule": {"rule": lambda tensor: int("exps" in tensor.name)},
+}
+
+
+@pytest.mark.parametrize("options", CUTS.values(), ids=CUTS)
+def test_other_cuts(tmp_path: Path, options: dict[str, object]) -> None:
+    """Blocks of quantised numbers are never cut: an expert is a whole number of them."""
+    source = tmp_path / "mixture.gguf"
+    rows = [
+        Row(name, sizes, kind, data=bytes((7 * len(name) + k) % 251 for k in range(size)))
+        for name, (sizes, kind, size) in MIXTURE.items()
+    ]
+    source.write_bytes(gguf_file(rows, {"general.architecture": (8, text("llama"))}))
+    plan = mmsplit.split(source, tmp_path / "set", **options).plan
+    assert mmsplit.verify(tmp_path / "set", level="full", against=source).problems == ()
+    mmsplit.merge(tmp_path / "set", tmp_path / "back")
+    assert (tmp_path / "back" / source.name).read_bytes() == source.read_bytes()
+    with mmsplit.open_set(tmp_path / "set") as whole:
+        for row in rows:
+            assert whole[str(row.name)].tobytes() == row.data
+    slices = [t for part in plan.partitions for layer in part.layers for t in layer.tensors if t.rows is not None]
+    if "split_by" in options and options["split_by"] == "expert":
+        assert [(t.name, t.rows[:2], t.size_bytes) for t in slices if t.name.startswith("blk.0.ffn_down")] == [
+            ("blk.0.ffn_down_exps.weight", (0, 2), 864),
+            ("blk.0.ffn_down_exps.weight", (2, 4), 864),
+        ]
+    else:
+        assert slices == []

@@ -313,6 +313,15 @@ def test_a_tied_weight_answers_to_its_alias(made: Path, source: Path) -> None:
         assert last.layer("lm_head").keys() == {"model.embed_tokens.weight"}
 
 
+def test_a_tied_weight_is_read_from_the_copy_that_is_here(made: Path, source: Path, tmp_path: Path) -> None:
+    """Also under its alias, while the partition that has the original is missing."""
+    shutil.copytree(made, tmp_path / "set")
+    for suffix in (".json", ".bin"):
+        (tmp_path / "set" / f"partition_0{suffix}").unlink()
+    with open_set(tmp_path / "set") as opened:
+        assert opened["lm_head.weight"].tobytes() == _true_bytes(source)["model.embed_tokens.weight"]
+
+
 def test_a_layer_that_is_only_referred_to(source: Path, tmp_path: Path) -> None:
     """In mode "reference" the error says where the weight is; in the partition that has it the layer can be read."""
     split(source, tmp_path / "set", 2, tied="reference")
@@ -324,6 +333,48 @@ def test_a_layer_that_is_only_referred_to(source: Path, tmp_path: Path) -> None:
     split(source, tmp_path / "one", 1, tied="reference")
     with open_partition(tmp_path / "one" / "partition_0.json") as partition:
         assert partition.layer("lm_head").keys() == {"model.embed_tokens.weight"}
+
+
+def test_layers_have_what_the_original_system_had(made: Path, source: Path) -> None:
+    """name, layer_type, shape and flat float32 parameters; a layer of several tensors is one flat array."""
+    with open_set(made) as opened:
+        for part_id in range(2):
+            partition = opened.partition(part_id)
+            assert partition.total_params == sum(layer.total_params for layer in partition.layers)
+            for layer in partition.layers:
+                if layer.layer_type == "block":  # has tensors of every dtype, some of which are no numbers
+                    assert layer.shape == (sum(tensor.params for tensor in layer.tensors),)
+                    with pytest.raises(RequestError, match="float32") as raised:
+                        _ = layer.parameters
+                    assert raised.value.tensor in {tensor.name for tensor in layer.tensors}
+                    continue
+                (tensor,) = layer.tensors
+                assert (layer.shape, layer.total_params) == (tensor.shape, layer.parameters.size)
+                assert layer.parameters.dtype == np.float32
+                expected = partition[tensor.name].astype(np.float32).reshape(-1)
+                assert np.array_equal(layer.parameters, expected, equal_nan=True)
+        with pytest.raises(RequestError, match="float32"):
+            opened.partition(0).exported()
+
+
+def test_parameters_of_several_tensors_follow_each_other(tmp_path: Path) -> None:
+    """In the order of `tensors`; a layer that only refers to another partition says where its weight is."""
+    weights = [
+        Weight("model.embed_tokens.weight", "F32", (4, 3), 0),
+        Weight("model.layers.0.mlp.weight", "BF16", (2, 3), 0),
+        Weight("model.layers.0.norm.bias", "I8", (5,), 0),
+    ]
+    root = write_checkpoint(tmp_path / "model", [weights], files={"config.json": CAUSAL_CONFIG})
+    split(root, tmp_path / "set", 2, tied="reference", boundaries=["model.layers.0"])
+    with open_partition(tmp_path / "set" / "partition_1.json") as partition:
+        block, head = partition.layers
+        arrays = partition.layer(block.name)
+        flat = [float(value) for tensor in block.tensors for value in arrays[tensor.name].reshape(-1)]
+        assert (block.shape, block.parameters.tolist()) == ((11,), flat)
+        assert head.shape == (4, 3)
+        with pytest.raises(MissingPartitionError, match="of partition 0"):
+            _ = head.parameters
+        assert [layer.name for layer in partition.exported().layers] == [tensor.name for tensor in block.tensors]
 
 
 def test_layers_in_forward_order(made: Path) -> None:
@@ -380,7 +431,7 @@ def test_a_partition_of_another_set_is_not_read(made: Path, source: Path, tmp_pa
     mixed = Path(shutil.copytree(made, tmp_path / "mixed"))
     for name in ("partition_1.json", "partition_1.bin"):
         shutil.copyfile(tmp_path / "other" / name, mixed / name)
-    with open_set(mixed) as opened, pytest.raises(IntegrityError, match="not of this set"):
+    with open_set(mixed) as opened, pytest.raises(IntegrityError, match="not the one the set was made with"):
         opened.partition(1)
 
 

@@ -319,7 +319,7 @@ def test_files_that_are_gone_are_fetched(small: Path, tmp_path: Path) -> None:
 def test_only_the_set_of_a_root_digest(small: Path, tmp_path: Path) -> None:
     """With or without its prefix; another one is refused before anything is written."""
     root = json.loads((small / SET_MANIFEST_NAME).read_bytes())["root_digest"]
-    with pytest.raises(IntegrityError, match="another set is published there"):
+    with pytest.raises(IntegrityError, match="another set than the one of this root digest"):
         pull(small, tmp_path / "out", root_digest="sha256:" + "0" * 64)
     with pytest.raises(RequestError, match="not a root digest"):
         pull(small, tmp_path / "out", root_digest="sha256:12")

@@ -13,11 +13,13 @@ from checkpoints import CAUSAL_CONFIG, MIB, Weight, flip, llama_weights, sample,
 from mmsplit.checkpoint import open_checkpoint
 from mmsplit.errors import FormatError, IntegrityError, OutputError, OutputLockedError, RequestError
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD
+from mmsplit.sidecar.framing import TRAILER_BYTES
 from mmsplit.sidecar.layout import DATA_START
 from mmsplit.sidecar.output_directory import OutputDirectory
 from mmsplit.sidecar.partition_reader import open_partition_files
 from mmsplit.sidecar.payload_file import PayloadFile
-from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME
+from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, format_set_manifest
+from mmsplit.sidecar.set_reader import read_set_manifest
 from mmsplit.verbs.repair import RepairResult, repair
 from mmsplit.verbs.split import split
 from mmsplit.verbs.verify import verify
@@ -139,8 +141,9 @@ _SELF: dict[str, Damage] = {
     "payload too long": _append("partition_0.bin"),
     "manifest too long": _append("partition_0.json"),
     "trailer cut off": lambda root: os.truncate(
-        root / "partition_0.bin", (root / "partition_0.bin").stat().st_size - 64
+        root / "partition_0.bin", (root / "partition_0.bin").stat().st_size - TRAILER_BYTES
     ),
+    "manifest gone, trailer cut off": lambda root: _all(_SELF["trailer cut off"], _remove("partition_0.json"))(root),
     "set manifest too long": lambda root: (root / SET_MANIFEST_NAME).write_bytes(
         (root / SET_MANIFEST_NAME).read_bytes() + b"\n"
     ),
@@ -487,14 +490,40 @@ def test_a_root_digest_is_demanded(damaged: Path, made: Path) -> None:
     right = repair(made).root_digest
     assert right is not None
     assert repair(damaged, root_digest=right).ok
-    with pytest.raises(IntegrityError, match="another set than the one asked for"):
+    with pytest.raises(IntegrityError, match="another set than the one of this root digest"):
         repair(damaged, root_digest="sha256:" + "0" * 64)
     with pytest.raises(RequestError, match="not a root digest"):
         repair(damaged, root_digest="abc")
     (damaged / SET_MANIFEST_NAME).unlink()
     result = repair(damaged, made, root_digest="0" * 64)
-    assert "another set than the one asked for" in result.problems[0].what
+    assert "another set than the one of this root digest" in result.problems[0].what
     _require_whole(repair(damaged, made, root_digest=right), damaged, made)
+
+
+def test_what_nothing_ties_to_the_root_is_left_alone(damaged: Path, made: Path, source: Path) -> None:
+    """Without the set manifest nothing says what the partitions should be, so none of them is written to."""
+    right = repair(made).root_digest
+    (damaged / SET_MANIFEST_NAME).unlink()
+    _flip_chunk(0, 0)(damaged)
+    (damaged / "partition_1.json").unlink()
+    before = tree(damaged)
+    for path in (damaged, damaged / "partition_0.json"):
+        result = repair(path, source, root_digest=right)
+        assert (result.ok, result.partitions, len(result.problems)) == (False, (), 1)
+        assert tree(damaged) == before
+    _require_whole(repair(damaged, [source, made], root_digest=right), damaged, made)
+
+
+def test_manifests_that_contradict_each_other(damaged: Path) -> None:
+    """A set manifest of another payload length, everything else sound, is no reason to cut the payload."""
+    manifest = read_set_manifest(damaged)
+    first = manifest.partitions[0]._replace(payload_bytes=manifest.partitions[0].payload_bytes - 1)
+    changed = manifest._replace(partitions=(first, *manifest.partitions[1:]))
+    (damaged / SET_MANIFEST_NAME).write_bytes(format_set_manifest(changed))
+    before = tree(damaged)
+    result = repair(damaged)
+    assert [fault.what for fault in result.problems] == ["set manifest and partition manifest say other lengths"]
+    assert tree(damaged) == before
 
 
 def test_a_copy_that_only_a_root_digest_speaks_for(damaged: Path, made: Path) -> None:

@@ -54,6 +54,24 @@ def test_what_torch_loads_comes_back(tmp_path: Path, name: str, tied: str) -> No
     assert (tmp_path / "merged" / name).read_bytes() == source.read_bytes()
 
 
+@pytest.mark.parametrize("cut", ["type", "rule"])
+@pytest.mark.parametrize("tied", ["duplicate", "reference", "colocate"])
+@pytest.mark.parametrize("name", EXPECTED["read"])
+def test_other_cuts_come_back(tmp_path: Path, name: str, tied: str, cut: str) -> None:
+    """Names that see other tensors' bytes, several ties, bytes that no name sees: whatever the cut."""
+    source = mmsplit.open_checkpoint(FIXTURES / name, allow_unknown_dtypes=True)
+    order = {tensor: number % 2 for number, tensor in enumerate(source.tensors)}
+    options = {"split_by": "type"} if cut == "type" else {"rule": lambda tensor: order.get(tensor.name, 1)}
+    mmsplit.split(source, tmp_path / "set", tied=tied, **options)
+    assert mmsplit.verify(tmp_path / "set", level="full", against=source).problems == ()
+    with mmsplit.open_set(tmp_path / "set") as partitions:
+        for tensor, sha256 in expected_tensors(name).items():
+            data = np.ascontiguousarray(partitions[tensor]).tobytes()
+            assert hashlib.sha256(data).hexdigest() == sha256, tensor
+    mmsplit.merge(tmp_path / "set", tmp_path / "merged")
+    assert (tmp_path / "merged" / name).read_bytes() == (FIXTURES / name).read_bytes()
+
+
 @pytest.mark.parametrize("name", EXPECTED["refused"])
 def test_what_is_refused_is_refused_by_every_verb(tmp_path: Path, name: str) -> None:
     """The one clear error, and nothing left behind."""

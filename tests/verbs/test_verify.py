@@ -12,6 +12,7 @@ import pytest
 from checkpoints import CAUSAL_CONFIG, MIB, Weight, flip, llama_weights, sample, write_checkpoint
 
 from mmsplit.checkpoint import open_checkpoint
+from mmsplit.digests import chunk_digest
 from mmsplit.errors import CheckpointError, FormatError, MissingShardError, RequestError
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD
 from mmsplit.sidecar.layout import DATA_START
@@ -283,7 +284,7 @@ def test_quick_looks_at_no_chunk(damaged: Path) -> None:
 
 
 def _rewrite_chunk(path: Path) -> None:
-    """Give the first chunk other stored bytes and make the checksum of the stored bytes fit: an encoder's mistake."""
+    """Give the first chunk other stored bytes, and checksum and digest that fit: an encoder's mistake."""
     import xxhash
 
     with open_partition_files(path, "pread") as partition:
@@ -293,6 +294,8 @@ def _rewrite_chunk(path: Path) -> None:
     data[start + stored - 1] ^= 1
     at = manifest.data_stop + CHUNK_RECORD.fields["stored_xxh3"][1]
     data[at : at + 8] = xxhash.xxh3_64_intdigest(data[start : start + stored]).to_bytes(8, "little")
+    at = manifest.data_stop + CHUNK_RECORD.fields["stored_blake3"][1]
+    data[at : at + 32] = chunk_digest(data[start : start + stored])
     path.write_bytes(data)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import hashlib
 import json
@@ -12,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import xxhash
-import zstandard
 from checkpoints import CAUSAL_CONFIG, llama_weights, tree, write_checkpoint
 
 from mmsplit.errors import FormatError, IntegrityError, MmsplitError
-from mmsplit.sidecar.framing import TRAILER_BYTES, Trailer, pack_header, pack_trailer, parse_trailer
+from mmsplit.sidecar.framing import TRAILER_BYTES, pack_header, pack_trailer, parse_trailer
+from mmsplit.sidecar.payload_tail import pack_tail
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME
 from mmsplit.verbs.inspect import inspect
 from mmsplit.verbs.load import open_partition, open_set
@@ -61,18 +61,8 @@ def _write_manifest(root: Path, values: Json) -> None:
     payload = path.read_bytes()
     trailer = parse_trailer(payload[-TRAILER_BYTES:], len(payload))
     assert trailer is not None
-    frame = zstandard.ZstdCompressor().compress(text)
-    tail = pack_trailer(
-        Trailer(
-            trailer.index_offset,
-            xxhash.xxh3_64_intdigest(frame),
-            trailer.manifest_offset,
-            len(frame),
-            len(text),
-            xxhash.xxh3_64_intdigest(text),
-        )
-    )
-    path.write_bytes(payload[: trailer.manifest_offset] + frame + tail)
+    tail = pack_tail(payload[trailer.index_offset : trailer.manifest_offset], trailer.index_offset, text)
+    path.write_bytes(payload[: trailer.index_offset] + tail)
     (root / "partition_0.json").write_bytes(text)
 
 
@@ -200,22 +190,24 @@ def test_one_name_for_two_files_is_refused(victim: Path) -> None:
             merge(victim, victim.parent / "merged")
 
 
-def test_a_frame_that_promises_the_world_costs_no_memory(victim: Path) -> None:
-    """A copy that declares 900 MiB in a few bytes is not believed before it has been produced."""
+def test_what_promises_the_world_costs_no_memory(victim: Path) -> None:
+    """A manifest copy or a kept header that declares 900 MiB in a few bytes is not believed before it is there."""
     payload = (victim / "partition_0.bin").read_bytes()
+    values = json.loads((victim / SET_MANIFEST_NAME).read_text())
     trailer = parse_trailer(payload[-TRAILER_BYTES:], len(payload))
     assert trailer is not None
-    for declared in (900 << 20, 2**62):
-        frame = b"\x28\xb5\x2f\xfd\xe0" + declared.to_bytes(8, "little") + b"\x03\x00\x00x"
-        tail = pack_trailer(
-            trailer._replace(
-                copy_xxh3=xxhash.xxh3_64_intdigest(frame), manifest_stored_bytes=len(frame), manifest_bytes=declared
-            )
-        )
-        (victim / "partition_0.bin").write_bytes(payload[: trailer.manifest_offset] + frame + tail)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for declared in (900 << 20, 500 << 20, 2**62):
+        tail = pack_trailer(trailer._replace(manifest_bytes=declared))
+        (victim / "partition_0.bin").write_bytes(payload[: -len(tail)] + tail)
         assert not verify(victim, level="quick").ok
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+        (victim / "partition_0.bin").write_bytes(payload)
+        frame = b"\x28\xb5\x2f\xfd\xe0" + declared.to_bytes(8, "little") + b"\x03\x00\x00x"
+        kept = {"bytes": declared, "zstd_base64": base64.b64encode(frame).decode()}
+        _write_set_manifest(victim, _replaced(values, ("source", "shards", 0, "kept"), kept))
+        with pytest.raises(IntegrityError):
+            merge(victim, victim.parent / "merged")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
 
 
 def test_a_header_of_another_partition_is_found(victim: Path) -> None:
