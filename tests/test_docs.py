@@ -30,6 +30,7 @@ SHOWING_COMMANDS = (
     "docs/repartition.md",
     "docs/security.md",
     "docs/export.md",
+    "docs/consume.md",
 )
 #: Signatures need the extra `sign`.
 CAN_SIGN = importlib.util.find_spec("model_signing") is not None

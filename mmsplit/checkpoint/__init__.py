@@ -3,6 +3,7 @@
 from mmsplit.checkpoint.checkpoint import Checkpoint, Shard, open_checkpoint, read_checkpoint
 from mmsplit.checkpoint.directory import choose_checkpoint_files
 from mmsplit.checkpoint.file_reader import FileReader, Fingerprint, IoMode, Scratch, aligned_buffer
+from mmsplit.checkpoint.kept_storage import KeptShard, KeptSource, open_kept_checkpoint
 from mmsplit.checkpoint.local_storage import LocalStorage
 from mmsplit.checkpoint.read_ahead import ShardRange, iter_with_read_ahead
 from mmsplit.checkpoint.reader_pool import ReaderPool
@@ -26,6 +27,8 @@ __all__ = [
     "Fingerprint",
     "Identity",
     "IoMode",
+    "KeptShard",
+    "KeptSource",
     "LocalStorage",
     "RangeReader",
     "ReaderPool",
@@ -45,6 +48,7 @@ __all__ = [
     "choose_checkpoint_files",
     "iter_with_read_ahead",
     "open_checkpoint",
+    "open_kept_checkpoint",
     "read_checkpoint",
     "slice_rows",
 ]

@@ -17,7 +17,7 @@ from mmsplit.regular_files import read_regular
 
 _SHA256_HEX: Final = re.compile(r"^[0-9a-f]{64}$", re.ASCII)
 #: What makes a folder somebody's partition set, finished or not, rather than part of the model.
-_OUTPUT_MARK: Final = re.compile(r"^(partition_(\d+|set)|unfinished_split)\.json(\.partial)?$", re.ASCII)
+_OUTPUT_MARK: Final = re.compile(r"^(partition_(\d+|set)|unfinished_(split|merge))\.json(\.partial)?$", re.ASCII)
 
 
 class LocalStorage:

@@ -60,6 +60,13 @@ class ReaderPool:
     def cancel(self) -> None:
         """Nobody waits here for longer than a disk takes."""
 
+    def release(self, shard: str) -> None:
+        """Close a shard, so that its space is free once it is deleted; it may not be lent out."""
+        with self._lock:
+            reader = self._readers.pop(shard, None)
+        if reader is not None:
+            reader.close()
+
     def close(self) -> None:
         """Close all readers; none may be lent out."""
         with self._lock:

@@ -54,7 +54,7 @@ _NUMBERED: Final = re.compile(
 #: Partition sets may live beside the checkpoint they came from, and what was exported has a record of it; neither is
 #: part of a checkpoint.
 _PARTITION_FILE: Final = re.compile(
-    r"^(partition_(\d+|set)\.(json|bin)(\..*)?|unfinished_split\.json|mmsplit_export\.json)$", re.ASCII
+    r"^(partition_(\d+|set)\.(json|bin)(\..*)?|unfinished_(split|merge)\.json|mmsplit_export\.json)$", re.ASCII
 )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from mmsplit.checkpoint import IoMode
+from mmsplit.cli.consume_option import announce_disk, consume_option
 from mmsplit.cli.node_options import node_options
 from mmsplit.cli.options import PART_IDS, PATH, PERCENT, json_option, planning_options, work_options
 from mmsplit.cli.progress import ProgressDisplay
@@ -60,6 +61,7 @@ from mmsplit.verbs.split import SplitResult, split
     is_flag=True,
     help="Download the shards to the Hub cache, and keep them; each is split as soon as it is there.",
 )
+@consume_option("shard of SOURCE", "all of it is in finished partitions")
 @hub_options
 @work_options
 @json_option
@@ -83,6 +85,7 @@ def split_command(
     no_source_sha256: bool,
     parity: float | None,
     keep_source: bool,
+    consume: bool,
     model_id: str | None,
     revision: str | None,
     cache_dir: Path | None,
@@ -125,6 +128,8 @@ def split_command(
             revision=revision,
             hub=hub_of(revision, cache_dir, token, connections)._replace(keep_source=keep_source),
             allow_unknown_dtypes=allow_unknown_dtypes,
+            consume=consume,
+            announce=announce_disk,
             progress=progress,
         )
     if as_json:
@@ -152,6 +157,8 @@ def _show(result: SplitResult) -> None:
         for entry in result.partitions
     ]
     echo(table(("partition", "layers", "raw", "stored", "ratio"), rows, (True, False, True, True, True)))
+    if result.deleted:
+        echo(f"\n  {len(result.deleted)} shard(s) of the source deleted: {', '.join(result.deleted)}")
     if result.root_digest is None:
         echo(f"\n  {len(result.partitions)} of {result.plan.num_parts} partitions; no set yet")
     else:

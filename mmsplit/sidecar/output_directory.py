@@ -30,9 +30,15 @@ from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest, parse_s
 
 STATE_NAME: Final = "unfinished_split.json"
 STATE_FORMAT: Final = "mmsplit-unfinished"
+#: What is in the set's directory while its partitions are deleted by a merge.
+UNFINISHED_MERGE_NAME: Final = "unfinished_merge.json"
+#: Fields of the state of a split that consumes its source: what is kept of the source, and the shards that may be gone.
+KEPT_SOURCE_KEY: Final = "kept_source"
+DELETED_KEY: Final = "deleted_shards"
 LOCK_NAME: Final = ".mmsplit.lock"
 _OURS: Final = re.compile(
-    r"^(partition_\d+\.(json|bin|parity)(\.partial|\.journal)?|(partition_set|unfinished_split)\.json(\.partial)?)$",
+    r"^(partition_\d+\.(json|bin|parity)(\.partial|\.journal)?"
+    r"|(partition_set|unfinished_split|unfinished_merge)\.json(\.partial)?)$",
     re.ASCII,
 )
 _PARTITION: Final = re.compile(r"^partition_(\d+)\.", re.ASCII)
@@ -85,12 +91,16 @@ class OutputDirectory:
         """
         manifest_path = self.path / SET_MANIFEST_NAME
         if existing == "force":
+            self.require_no_only_copy()
             self._find_own_files(part_ids)
             there = self._finished_partitions(identity, set(self._own_names))
             self.neighbours = there
             return "nothing"
         state = self._read_state()
         if state is not None:
+            if state.get(DELETED_KEY):
+                # To start again is no way out: partitions of an older encoder and of this one make a sound set, too.
+                identity = {key: value for key, value in identity.items() if key != "encoder"}
             self._require_same(state, identity, existing, "an unfinished split")
             self.small_files = self._recorded_small_files()
             if part_ids is not None:
@@ -191,21 +201,27 @@ class OutputDirectory:
             )
 
     def _read_state(self) -> dict[str, object] | None:
-        """Return the state, None if there is none.  It is believed only whole: it holds digests of the shards."""
-        what = "it is not what was written"
+        return read_state_file(self.path / STATE_NAME)
+
+    def require_no_only_copy(self) -> None:
+        """Raise `OutputExistsError` if partitions here are all that is left of something: they are not replaced."""
+        if (self.path / UNFINISHED_MERGE_NAME).exists():
+            raise OutputExistsError(
+                "output is a set that mmsplit merge --consume has begun to delete: the rest of it is the only copy",
+                path=self.path,
+                hint="Finish that merge with --resume, or choose another directory.",
+            )
         try:
-            state = json.loads(read_regular(self.path / STATE_NAME))
-            if isinstance(state, dict) and state.pop("xxh3", None) == _state_checksum(state):
-                return state
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, RecursionError) as error:
-            what = str(error)
-        raise OutputExistsError(
-            f"cannot read the state of an unfinished run: {what}",
-            path=self.path / STATE_NAME,
-            hint="Use --force to start again.",
-        )
+            may_be = bool(self.read_state().get(DELETED_KEY))
+        except OutputExistsError:
+            with output_errors(self.path / STATE_NAME):
+                may_be = KEPT_SOURCE_KEY.encode() in read_regular(self.path / STATE_NAME)
+        if may_be:
+            raise OutputExistsError(
+                "output holds what mmsplit split --consume has deleted from its source: it is the only copy",
+                path=self.path,
+                hint="Go on with --consume --resume, or choose another directory.",
+            )
 
     def _read_set_manifest(self) -> SetManifest:
         path = self.path / SET_MANIFEST_NAME
@@ -304,6 +320,25 @@ class OutputDirectory:
             return None
         # Beside single partitions nobody recorded who wrote them.
         return None if any(_part_id_of(name) is not None for name in self._listing()) else {}
+
+
+def read_state_file(path: Path) -> dict[str, object] | None:
+    """Return the state of an unfinished run, None if there is none; it is believed only whole: it holds digests.
+
+    Raises `OutputExistsError`.
+    """
+    what = "it is not what was written"
+    try:
+        state = json.loads(read_regular(path))
+        if isinstance(state, dict) and state.pop("xxh3", None) == _state_checksum(state):
+            return state
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        what = str(error)
+    raise OutputExistsError(
+        f"cannot read the state of an unfinished run: {what}", path=path, hint="Use --force to start again."
+    )
 
 
 def free_bytes(path: Path) -> int:

@@ -67,11 +67,14 @@ class PayloadWriter:
         self._remaining = slot_count
         self.is_finished = False
 
-    def adopt_finished(self, slots: Iterable[Slot], manifest_path: Path, on_slot: Callable[[Slot], None]) -> bool:
+    def adopt_finished(
+        self, slots: Iterable[Slot], manifest_path: Path, on_slot: Callable[[Slot], None], *, is_only_copy: bool = False
+    ) -> bool:
         """Take over a payload that an earlier run completed, if it is whole; returns whether it is.
 
         Each slot is re-hashed, then reported to `on_slot`.  The manifest is written anew if the run ended before
-        it was.  A payload that is not whole loses its manifest and will be replaced.
+        it was.  A payload that is not whole loses its manifest and will be replaced; but one that `is_only_copy` of
+        something is left as it is, and raises `IntegrityError`.
         """
         whole, copy = False, b""
         try:
@@ -84,6 +87,12 @@ class PayloadWriter:
                     whole = self._matches(reader, slots, on_slot)
         except (OSError, MmsplitError):
             pass  # not there, or not sound: it will be made anew
+        if not whole and is_only_copy:
+            raise IntegrityError(
+                "partition cannot be read back whole, and shards that it was made from are deleted",
+                path=self.payload,
+                hint="Nothing more was deleted. See the damage with mmsplit verify, and bring this file back.",
+            )
         with output_errors(manifest_path):
             if not whole:
                 manifest_path.unlink(missing_ok=True)

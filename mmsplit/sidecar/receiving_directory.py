@@ -40,7 +40,9 @@ from mmsplit.sidecar.set_manifest import (
 
 _PARTIAL_NAME: Final = SET_MANIFEST_NAME + PARTIAL_SUFFIX
 #: Names that a small file of a model must not have: they mean something to mmsplit.
-_RESERVED: Final = re.compile(r"(partition_(\d+|set)\.|unfinished_split\.|\.mmsplit\.)", re.IGNORECASE | re.ASCII)
+_RESERVED: Final = re.compile(
+    r"(partition_(\d+|set)\.|unfinished_(split|merge)\.|\.mmsplit\.)", re.IGNORECASE | re.ASCII
+)
 _CHOOSE_OR_FORCE: Final = "Choose another directory, or use --force to replace what mmsplit wrote there."
 
 

@@ -244,7 +244,7 @@ def _as_json(manifest: SetManifest) -> dict[str, object]:
         "source": {
             "index": None
             if manifest.weights_index is None
-            else {"name": manifest.weights_index[0], **_kept_json(manifest.weights_index[1])},
+            else {"name": manifest.weights_index[0], **kept_json(manifest.weights_index[1])},
             "shards": [_shard_json(shard) for shard in manifest.shards],
         },
     }
@@ -254,7 +254,7 @@ def _shard_json(shard: ShardEntry) -> dict[str, object]:
     values: dict[str, object] = {"name": shard.name, "bytes": shard.size_bytes, "sha256": shard.sha256}
     if shard.sha256_is_published:
         values["sha256_published"] = True
-    return {**values, "kept": _kept_json(shard.kept)}
+    return {**values, "kept": kept_json(shard.kept)}
 
 
 def _shard(fields: Fields) -> ShardEntry:
@@ -263,18 +263,20 @@ def _shard(fields: Fields) -> ShardEntry:
     if no_sha256 and is_published:
         fields.fail("sha256 is null and cannot be the published one")
     sha256 = None if no_sha256 else fields.sha256("sha256")
-    kept = _kept(fields.inner("kept"))
+    kept = parse_kept(fields.inner("kept"))
     entry = ShardEntry(fields.plain_name("name"), fields.count("bytes"), sha256, kept, is_published)
     if kept.size_bytes > entry.size_bytes:
         fields.fail("more bytes are kept of a shard than it has")
     return entry
 
 
-def _kept_json(kept: KeptBytes) -> dict[str, object]:
+def kept_json(kept: KeptBytes) -> dict[str, object]:
+    """Return kept bytes as they stand in JSON."""
     return {"bytes": kept.size_bytes, "zstd_base64": base64.b64encode(kept.frame).decode()}
 
 
-def _kept(fields: Fields) -> KeptBytes:
+def parse_kept(fields: Fields) -> KeptBytes:
+    """Parse what `kept_json` gave; raises `FormatError`."""
     try:
         frame = base64.b64decode(fields.get("zstd_base64", str), validate=True)
     except ValueError:
@@ -283,7 +285,7 @@ def _kept(fields: Fields) -> KeptBytes:
 
 
 def _index(fields: Fields) -> tuple[str, KeptBytes]:
-    return fields.plain_name("name"), _kept(fields)
+    return fields.plain_name("name"), parse_kept(fields)
 
 
 def _canonical(values: object) -> bytes:

@@ -9,7 +9,7 @@ from mmsplit.checkpoint import IoMode
 from mmsplit.digests import parse_root_digest
 from mmsplit.errors import FormatError, IntegrityError
 from mmsplit.regular_files import read_regular
-from mmsplit.sidecar.output_directory import STATE_NAME
+from mmsplit.sidecar.output_directory import STATE_NAME, UNFINISHED_MERGE_NAME
 from mmsplit.sidecar.partition_reader import (
     MAX_MANIFEST_BYTES,
     OpenPartition,
@@ -41,14 +41,21 @@ def resolve_set_path(path: Path) -> SetPath:
     )
 
 
-def read_set_manifest(root: Path, root_digest: str | None = None) -> SetManifest:
+def read_set_manifest(root: Path, root_digest: str | None = None, *, may_be_begun: bool = False) -> SetManifest:
     """Read the set manifest in `root`; with `root_digest`, as a person writes it, only the one that it stands for.
 
     Raises `FormatError` where there is none, saying why if it can be told, `IntegrityError` for another one,
-    `RequestError` for what is no digest.
+    `RequestError` for what is no digest; `FormatError` also for a set that a merge has begun to delete, unless it
+    `may_be_begun`.
     """
     path = root / SET_MANIFEST_NAME
     wanted = None if root_digest is None else parse_root_digest(root_digest)
+    if not may_be_begun and (root / UNFINISHED_MERGE_NAME).exists():
+        raise FormatError(
+            "this set is no more whole: mmsplit merge --consume has begun to delete it, and is not finished",
+            path=root,
+            hint="Run that merge again with --resume.",
+        )
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise IntegrityError("set manifest is too large", path=path, found=path.stat().st_size)

@@ -52,6 +52,16 @@ def fold_equal_tensors(checkpoint: Checkpoint, io: IoMode, progress: ProgressCal
     return fold(checkpoint, same_as, notes)
 
 
+def repeated_tensors(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return what was folded: for each name that repeats a tensor's bytes, that tensor."""
+    return {
+        place.name: tensor.name
+        for tensor in checkpoint.tensors.values()
+        for place in tensor.also
+        if place.name != tensor.name
+    }
+
+
 def _equal_to_first(
     tensors: Sequence[TensorInfo], checkpoint: Checkpoint, io: IoMode, progress: ProgressCallback | None
 ) -> dict[str, str]:

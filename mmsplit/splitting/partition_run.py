@@ -41,14 +41,17 @@ class PartitionRun:
         """Names of the shards that it has bytes of."""
         return {tensor.shard for _, tensor in iter_stored(self.partition)}
 
-    def recover(self, distrusted: Collection[str], on_slot: Callable[[Slot], None]) -> int:
+    def recover(
+        self, distrusted: Collection[str], on_slot: Callable[[Slot], None], *, is_only_copy: bool = False
+    ) -> int:
         """Take over what an earlier run left intact; return its raw bytes.
 
         A finished partition counts as a whole or not at all, an unfinished one by its leading slots.  Nothing is
-        believed that holds bytes of the `distrusted` shards: those arrived other than they were sent.
+        believed that holds bytes of the `distrusted` shards: those arrived other than they were sent.  With
+        `is_only_copy`, of shards that are deleted, it is whole or an `IntegrityError`.
         """
-        if self.shards().isdisjoint(distrusted):
-            if self.writer.adopt_finished(self.slots(), self.manifest_path, on_slot):
+        if is_only_copy or self.shards().isdisjoint(distrusted):
+            if self.writer.adopt_finished(self.slots(), self.manifest_path, on_slot, is_only_copy=is_only_copy):
                 return self.partition.total_bytes
         else:
             with output_errors(self.manifest_path):
@@ -64,6 +67,11 @@ class PartitionRun:
         """Upper bound of the payload's size; `data_bytes` is what its chunks take, where that is known."""
         raw_bytes = self.partition.total_bytes if data_bytes is None else data_bytes
         return largest_payload_bytes(raw_bytes, self.chunk_count, self.slot_count)
+
+    @property
+    def journal_bytes(self) -> int:
+        """Upper bound of what lies beside the payload until it is complete."""
+        return self.writer.index.nbytes + 8 * self.slot_count
 
     def finish(self) -> None:
         """Complete the payload and write the manifest."""

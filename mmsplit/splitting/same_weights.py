@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final
 
 import numpy as np
@@ -27,8 +28,10 @@ def require_same_codec(partition: OpenPartition, codec: CodecName) -> None:
         )
 
 
-def require_same_weights(checkpoint: Checkpoint, partition: OpenPartition) -> None:
+def require_same_weights(checkpoint: Checkpoint, partition: OpenPartition, gone: Collection[str] = ()) -> None:
     """Compare a chunk of each layer with the source; raises `OutputExistsError` where they differ.
+
+    Shards that are `gone` cannot be compared.
 
     A fine-tune has the same headers as its base model.  To compare all would be to read all; whoever must be sure
     verifies the set against the source.
@@ -37,7 +40,7 @@ def require_same_weights(checkpoint: Checkpoint, partition: OpenPartition) -> No
     with checkpoint.open_readers("pread") as readers:
         for layer in partition.manifest.layers:
             tensor = max(layer.tensors, key=lambda tensor: tensor.chunk_count, default=None)
-            if tensor is None or tensor.chunk_count == 0:
+            if tensor is None or tensor.chunk_count == 0 or tensor.shard in gone:
                 continue
             chunk = tensor.first_chunk + tensor.chunk_count // 2
             record = partition.index[chunk]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from mmsplit.checkpoint import ShardRange, ShardReaders
@@ -62,14 +62,19 @@ def make_slot(job: SlotJob, encoder: SlotEncoder, stored: StoredChunks, counter:
     counter.add(job.slot.raw_bytes)
 
 
-def sample_ratio(runs: Sequence[PartitionRun], readers: ShardReaders, codec: CodecName) -> float:
-    """Encode slots spread over all partitions on trial; return stored by raw bytes."""
+def sample_ratio(
+    runs: Sequence[PartitionRun], readers: ShardReaders, codec: CodecName, gone: Collection[str] = ()
+) -> float:
+    """Encode slots spread over all partitions on trial; return stored by raw bytes.
+
+    Slots of shards that are `gone`, copies of tied weights, are left out.
+    """
     every = max(1, sum(run.slot_count for run in runs) // _SPACE_SAMPLES)
     encoder = SlotEncoder(readers, codec, threading.Semaphore(1))
     raw = stored = 0
     jobs = (SlotJob(run, slot) for run in runs for slot in run.slots())
     for number, job in enumerate(jobs):
-        if number % every == 0:
+        if number % every == 0 and not any(chunk.tensor.shard in gone for chunk in job.slot.chunks):
             raw += job.slot.raw_bytes
             stored += len(encoder.encode(job.part_id, job.slot).block)
     return stored / raw if raw else 1.0

@@ -12,26 +12,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
-from mmsplit.checkpoint import Checkpoint, IoMode, Shard, ShardHasher, ShardRange, ShardReaders, iter_with_read_ahead
-from mmsplit.codec import ENCODER, CodecName
+from mmsplit.checkpoint import Checkpoint, Shard, ShardHasher, ShardRange, ShardReaders, iter_with_read_ahead
+from mmsplit.codec import ENCODER
 from mmsplit.errors import IntegrityError, OutputExistsError, SourceChangedError
 from mmsplit.planning import Plan
 from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.chunk_copier import ChunkCopier, StoredChunks
 from mmsplit.sidecar.manifest import manifest_name
 from mmsplit.sidecar.manifest_builder import Origin
-from mmsplit.sidecar.output_directory import Existing, OutputDirectory, free_bytes
+from mmsplit.sidecar.output_directory import DELETED_KEY, KEPT_SOURCE_KEY, Existing, OutputDirectory, free_bytes
 from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files
 from mmsplit.sidecar.repeated_chunks import RepeatedChunks
 from mmsplit.sidecar.set_manifest import (
     SET_MANIFEST_NAME,
     FileEntry,
     KeptBytes,
-    PartitionEntry,
     SetManifest,
     ShardEntry,
     format_set_manifest,
@@ -40,10 +37,13 @@ from mmsplit.sidecar.set_manifest import (
 from mmsplit.sidecar.set_reader import open_partition_of_set
 from mmsplit.sidecar.slot_encoder import SlotEncoder
 from mmsplit.sidecar.small_files import copy_small_files, read_small_files, require_free_names
+from mmsplit.splitting.consumer import Consumer
+from mmsplit.splitting.consumption import PartitionBytes
 from mmsplit.splitting.partition_run import PartitionRun, entry_of
 from mmsplit.splitting.same_weights import require_same_codec, require_same_weights
 from mmsplit.splitting.slot_jobs import SlotJob, iter_jobs, make_slot, ranges_of, sample_ratio
 from mmsplit.splitting.source_set import SourceSet
+from mmsplit.splitting.split_result import SplitOptions, SplitResult
 from mmsplit.splitting.stored_shards import StoredShard, StoredShardHasher, find_stored_shards
 from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup
 
@@ -52,65 +52,9 @@ _EXTRA_THREADS: Final = 2
 _SPACE_MARGIN: Final = 1.03
 #: In the JSON and in its copy together.
 _MANIFEST_BYTES_PER_TENSOR: Final = 1024
-
-
-class SplitResult(NamedTuple):
-    """What a split made: the entries of the partitions it was to write, and the set manifest if the set is whole.
-
-    `resumed_bytes` of the raw bytes were there already.  Of the source `needed_bytes` were read; over the network
-    `moved_bytes` came since it was opened, None for a source on this machine.
-    """
-
-    path: Path
-    plan: Plan
-    partitions: tuple[PartitionEntry, ...]
-    manifest: SetManifest | None
-    resumed_bytes: int
-    already_finished: bool
-    needed_bytes: int
-    moved_bytes: int | None
-
-    @property
-    def root_digest(self) -> str | None:
-        """The set's root digest; None while partitions are missing."""
-        return None if self.manifest is None else self.manifest.root_digest
-
-    @property
-    def total_bytes(self) -> int:
-        """Raw bytes in these partitions, copies of tied weights included."""
-        return sum(entry.total_bytes for entry in self.partitions)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Encoded bytes in these partitions."""
-        return sum(entry.stored_bytes for entry in self.partitions)
-
-    def as_json(self) -> dict[str, object]:
-        """Return what `split --json` shows."""
-        return {
-            "path": str(self.path),
-            "root_digest": self.root_digest,
-            "already_finished": self.already_finished,
-            "resumed_bytes": self.resumed_bytes,
-            "needed_bytes": self.needed_bytes,
-            "moved_bytes": self.moved_bytes,
-            "total_bytes": self.total_bytes,
-            "stored_bytes": self.stored_bytes,
-            "partitions": [entry._asdict() for entry in self.partitions],
-            "notes": list(self.plan.notes),
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitOptions:
-    """How to split; see `mmsplit.split`.  `only` are the partitions to write, None for all."""
-
-    codec: CodecName
-    threads: int
-    io: IoMode
-    direct: bool
-    source_sha256: bool
-    only: tuple[int, ...] | None
+#: What a file takes beyond its length, and a manifest beyond its tensors.
+_SMALL_FILE_SLACK_BYTES: Final = 16 << 10
+_STATE_BYTES_PER_SHARD: Final = 1024
 
 
 class SplitRun:
@@ -130,7 +74,9 @@ class SplitRun:
         known: Mapping[str, ShardEntry],
         progress: ProgressCallback | None,
         source_set: SourceSet | None = None,
+        consumer: Consumer | None = None,
     ) -> None:
+        self._consumer = consumer
         self._checkpoint = checkpoint
         self._plan = plan
         self._origin = origin
@@ -151,7 +97,10 @@ class SplitRun:
         """Write what is missing.  Raises any branch of `MmsplitError`."""
         found = self._out.prepare(self._identity(), existing, self._options.only)
         if found == "finished":
-            return self._result(self._finished_set(), already_finished=True)
+            manifest = self._finished_set()
+            if self._consumer is not None:
+                self._consumer.consume_finished(manifest, self._options.io, self._options.threads)
+            return self._result(manifest, already_finished=True)
         runs = [
             PartitionRun(partition, self._origin, self._out.path, self._options.direct)
             for partition in self._plan.partitions
@@ -173,17 +122,26 @@ class SplitRun:
             self._write_state()
             copy_small_files(self._checkpoint.storage, files, self._out.path)
             try:
-                self._stream(runs, readers)
+                self._make(runs, readers)
             finally:
                 for run in runs:
                     run.writer.close()
-        self._checkpoint.require_unchanged()
+        self._checkpoint.storage.require_unchanged(
+            {shard.name: shard.identity for shard in self._checkpoint.shards if shard.name not in self._gone}
+        )
         if self._missing_after(runs):
             self._out.finish_partitions()
             return self._result(None)
         manifest = self._set_manifest(files)
         self._out.finish(format_set_manifest(manifest))
+        if self._consumer is not None:
+            self._consumer.delete_proven()
         return self._result(manifest)
+
+    @property
+    def _gone(self) -> Collection[str]:
+        """Shards that are deleted by now."""
+        return () if self._consumer is None else self._consumer.gone
 
     @property
     def _is_remote(self) -> bool:
@@ -208,6 +166,8 @@ class SplitRun:
             already_finished=already_finished,
             needed_bytes=self._needed_bytes,
             moved_bytes=self._checkpoint.storage.moved_bytes,
+            disk=None if self._consumer is None else self._consumer.disk,
+            deleted=() if self._consumer is None else self._consumer.deleted_now,
         )
 
     def _finished_set(self) -> SetManifest:
@@ -249,6 +209,8 @@ class SplitRun:
             },
             "checks_what_is_stored": self._checks_what_is_stored,
         }
+        if self._consumer is not None:
+            known |= {KEPT_SOURCE_KEY: self._consumer.journal, DELETED_KEY: sorted(self._consumer.deletable)}
         self._out.write_state({**self._identity(), **known})
 
     def _planned_bytes(self) -> int:
@@ -266,7 +228,10 @@ class SplitRun:
         self._distrusted = set(distrusted) if isinstance(distrusted, list) else set()
         counter = ProgressCounter("re-hash", self._planned_bytes(), self._progress)
         for run in runs:
-            self._resumed_bytes += run.recover(self._distrusted, lambda slot: counter.add(slot.raw_bytes))
+            is_only_copy = self._consumer is not None and self._consumer.is_only_copy(run.partition.part_id)
+            self._resumed_bytes += run.recover(
+                self._distrusted, lambda slot: counter.add(slot.raw_bytes), is_only_copy=is_only_copy
+            )
             if self._checks_what_is_stored and not run.writer.is_finished:
                 # What is made again must be checked again.
                 for shard in run.shards():
@@ -282,7 +247,7 @@ class SplitRun:
 
     def _require_same_weights(self, partition: OpenPartition) -> None:
         if not self._is_remote or self._source_set is not None:  # a commit has no other weights
-            require_same_weights(self._checkpoint, partition)
+            require_same_weights(self._checkpoint, partition, self._gone)
 
     def _require_same_shards(self, state: object) -> None:
         """Raise unless each shard is the very file the earlier run read, or one that the Hub publishes as the same."""
@@ -292,7 +257,7 @@ class SplitRun:
             before = fingerprints.get(shard.name) if isinstance(fingerprints, dict) else None
             digest = published.get(shard.name) if isinstance(published, dict) else None
             same_content = digest is not None and digest == self._checkpoint.published_sha256(shard.name)
-            if before != list(shard.identity) and not same_content:
+            if before != list(shard.identity) and not same_content and not self._is_same_by_digest(state, shard.name):
                 raise SourceChangedError(
                     "shard is not the one the unfinished split read: it was changed, copied or moved since",
                     path=shard.location,
@@ -300,6 +265,17 @@ class SplitRun:
                     found=f"{list(shard.identity)}",
                     hint="What is finished cannot be trusted to be of this file; use --force to start again.",
                 )
+
+    def _is_same_by_digest(self, state: object, shard: str) -> bool:
+        """Whether a shard of a source that is consumed, copied or moved since, has the SHA-256 that was recorded.
+
+        To start again is no way out there: other shards are deleted.
+        """
+        digests = state.get("shard_sha256") if isinstance(state, dict) else None
+        if self._consumer is None or not isinstance(digests, dict) or shard not in digests:
+            return False
+        found = self._consumer.sha256_of_files([shard], self._options.io, 1)
+        return found == {shard: digests[shard]}
 
     def _require_same_small_files(self, files: Sequence[FileEntry]) -> None:
         recorded = self._out.small_files or {}
@@ -311,20 +287,45 @@ class SplitRun:
                     hint="Bring it back, or use --force to start again.",
                 )
 
-    def _stream(self, runs: Sequence[PartitionRun], readers: ShardReaders) -> None:
+    def _make(self, runs: Sequence[PartitionRun], readers: ShardReaders) -> None:
+        """Write what is missing: all in one stream, or, where shards are deleted, partition by partition."""
+        to_check = self._shards_to_check(runs) if self._checks_what_is_stored else []
+        checked_bytes = sum(stored.shard.size_bytes - stored.shard.kept_bytes for stored in to_check)
+        consumer = self._consumer
+        if consumer is not None:
+            checked_bytes = consumer.bytes_to_prove
+        counter = ProgressCounter(
+            "copy" if self._source_set else "split", self._planned_bytes() + checked_bytes, self._progress
+        )
+        counter.add(self._resumed_bytes)
         unfinished = [run for run in runs if not run.writer.is_finished]
+        if consumer is None:
+            self._stream(runs, unfinished, to_check, readers, counter)
+            return
+        finished = {run.partition.part_id for run in runs if run.writer.is_finished}
+        # Shards that are complete already go before more is written.  Their digests are computed first, those of all.
+        steps: list[list[PartitionRun]] = ([[]] if finished else []) + [[run] for run in unfinished]
+        for number, step in enumerate(steps, 1):
+            self._stream(runs, step, [], readers, counter)
+            finished |= {run.partition.part_id for run in step}
+            consumer.prove(finished, self._shard_sha256, self._options.threads, counter.add, self._distrust)
+            if number < len(steps):
+                self._write_state()
+                consumer.delete_proven(readers)
 
+    def _stream(
+        self,
+        runs: Sequence[PartitionRun],
+        unfinished: Sequence[PartitionRun],
+        to_check: Sequence[StoredShard],
+        readers: ShardReaders,
+        counter: ProgressCounter,
+    ) -> None:
         def cancel() -> None:
             readers.cancel()
             for run in unfinished:
                 run.writer.cancel()
 
-        to_check = self._shards_to_check(runs) if self._checks_what_is_stored else []
-        checked_bytes = sum(stored.shard.size_bytes - stored.shard.kept_bytes for stored in to_check)
-        counter = ProgressCounter(
-            "copy" if self._source_set else "split", self._planned_bytes() + checked_bytes, self._progress
-        )
-        counter.add(self._resumed_bytes)
         threads = self._options.threads
         permits = threading.Semaphore(threads)
         stored = self._stored_chunks(runs, readers)
@@ -361,6 +362,13 @@ class SplitRun:
         writers = {run.partition.part_id: run.writer for run in runs}
         repeated = RepeatedChunks(run.partition for run in runs)
         return ChunkCopier(repeated, writers, direct=self._options.direct)
+
+    def _distrust(self, shard: str) -> None:
+        """Let a later run make again what holds bytes of a shard, and hash the shard again."""
+        with self._state_lock:
+            self._shard_sha256.pop(shard, None)
+            self._distrusted.add(shard)
+            self._write_state()
 
     def _shards_to_hash(self, runs: Sequence[PartitionRun]) -> list[Shard]:
         """Shards of this machine whose digest the set manifest is going to need."""
@@ -425,20 +433,49 @@ class SplitRun:
 
     def _require_space(self, runs: Sequence[PartitionRun], readers: ShardReaders) -> None:
         """Refuse before the first byte if the set cannot fit; measure the ratio only if the worst case would not."""
-        tensor_count = sum(len(layer.tensors) for run in runs for layer in run.partition.layers)
-        extra = tensor_count * _MANIFEST_BYTES_PER_TENSOR
-        extra += sum(self._checkpoint.storage.file_bytes(name) or 0 for name in self._checkpoint.small_files)
+        small = sum(self._checkpoint.storage.file_bytes(name) or 0 for name in self._checkpoint.small_files)
+        extra = small + sum(_manifest_bytes(run) for run in runs)
         missing = [run for run in runs if not run.writer.is_finished]
         if self._source_set is not None:
             needed = sum(run.largest_bytes(self._source_set.stored_bytes(run.slots())) for run in missing)
             self._out.require_space(needed - sum(run.writer.data_stop for run in missing) + extra, "the partition set")
             return
         worst = sum(run.largest_bytes() for run in missing)
-        if free_bytes(self._out.path) + self._out.reclaimable_bytes >= worst + extra:
+        free = free_bytes(self._out.path) + self._out.reclaimable_bytes
+        if self._consumer is not None:
+            self._foretell(self._consumer, runs, missing, readers, free)
+            return
+        if free >= worst + extra:
             return
         done = sum(run.writer.data_stop for run in missing)
         ratio = min(1.0, sample_ratio(runs, readers, self._options.codec) * _SPACE_MARGIN)
         self._out.require_space(int(worst * ratio) - done + extra, "the partition set")
+
+    def _foretell(
+        self,
+        consumer: Consumer,
+        runs: Sequence[PartitionRun],
+        missing: Sequence[PartitionRun],
+        readers: ShardReaders,
+        free: int,
+    ) -> None:
+        sampled = sample_ratio(missing, readers, self._options.codec, self._gone) if missing else 1.0
+        ratio = min(1.0, sampled * _SPACE_MARGIN)
+        todo = []
+        for run in missing:
+            worst, there = run.largest_bytes(), run.writer.data_stop if run.writer.recovered_slots else 0
+            beside = run.journal_bytes + _manifest_bytes(run) + _SMALL_FILE_SLACK_BYTES
+            todo.append(
+                PartitionBytes(run.partition.part_id, worst - there + beside, int(worst * ratio) - there + beside)
+            )
+        # The state is written beside the one before it; the set manifest says about as much.
+        records = 3 * (consumer.journal_bytes + sum(_STATE_BYTES_PER_SHARD for _ in self._checkpoint.shards))
+        small = sum(
+            (self._checkpoint.storage.file_bytes(name) or 0) + _SMALL_FILE_SLACK_BYTES
+            for name in self._checkpoint.small_files
+        )
+        finished = {run.partition.part_id for run in runs if run.writer.is_finished}
+        consumer.foretell(finished, todo, records + small + _SMALL_FILE_SLACK_BYTES, free)
 
     def _set_manifest(self, files: tuple[FileEntry, ...]) -> SetManifest:
         checkpoint = self._checkpoint
@@ -463,3 +500,7 @@ class SplitRun:
             return known if computed is None else known._replace(sha256=computed, sha256_is_published=False)
         published = self._checkpoint.published_sha256(shard.name)
         return known if published is None else known._replace(sha256=f"sha256:{published}", sha256_is_published=True)
+
+
+def _manifest_bytes(run: PartitionRun) -> int:
+    return sum(len(layer.tensors) for layer in run.partition.layers) * _MANIFEST_BYTES_PER_TENSOR

@@ -6,16 +6,20 @@ Whoever does not trust the disk reads the shards once more, with `sha256sum` or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from mmsplit.checkpoint import ByteRange, IoMode, LocalStorage
 from mmsplit.errors import IntegrityError, OutputError, OutputExistsError, RequestError
 from mmsplit.merging.lanes import write_files
+from mmsplit.merging.set_consumer import Batch, SetConsumer, gone_partitions, require_merged
 from mmsplit.merging.span import Span, StoredTensor, iter_stored
 from mmsplit.regular_files import read_regular
-from mmsplit.sidecar.output_directory import OutputDirectory
+from mmsplit.sidecar.consumed_directory import ConsumedDirectory
+from mmsplit.sidecar.disk_forecast import DiskForecast
+from mmsplit.sidecar.output_directory import OutputDirectory, free_bytes
 from mmsplit.sidecar.output_files import output_errors, partial_path, sha256_of_file, write_whole_file
 from mmsplit.sidecar.partition_reader import OpenPartition, require_partition
 from mmsplit.sidecar.set_manifest import SetManifest, ShardEntry
@@ -30,15 +34,24 @@ _Stored: TypeAlias = dict[str, list[tuple[ByteRange, StoredTensor]]]
 
 
 class MergeResult(NamedTuple):
-    """What a merge made.  `kept` are shards that were there already with the right SHA-256."""
+    """What a merge made.  `kept` are shards that were there already with the right SHA-256.
+
+    Of a merge that consumed its set, `disk` is what it foretold, and `deleted` are the files of the set it deleted.
+    """
 
     path: Path
     shards: tuple[ShardEntry, ...]
     kept: tuple[str, ...]
     total_bytes: int
+    disk: DiskForecast | None = None
+    deleted: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
         """Return what `merge --json` shows."""
+        consumed: dict[str, object] = {}
+        if self.disk is not None:
+            consumed = {"extra_disk_bytes": self.disk.extra_bytes, "disk": self.disk.as_json()}
+            consumed["deleted"] = list(self.deleted)
         return {
             "path": str(self.path),
             "total_bytes": self.total_bytes,
@@ -51,6 +64,7 @@ class MergeResult(NamedTuple):
                 }
                 for shard in self.shards
             ],
+            **consumed,
         }
 
 
@@ -60,6 +74,8 @@ def merge(
     *,
     resume: bool = False,
     root_digest: str | None = None,
+    consume: bool = False,
+    announce: Callable[[DiskForecast], None] | None = None,
     threads: int | None = None,
     io: IoMode = "auto",
     progress: ProgressCallback | None = None,
@@ -68,7 +84,14 @@ def merge(
 
     A shard that is there already is refused; with `resume` it is kept if it has the right SHA-256, so that an
     interrupted merge goes on where it was.  With `root_digest` only that very set is merged, and every stored chunk is
-    held to its digest before it is decoded.  Raises `MissingPartitionError` if a partition is not there,
+    held to its digest before it is decoded.
+
+    `consume=True` deletes each partition's payload as soon as every shard that has bytes of it is written, synced and
+    read back, and the manifests in the end; all partitions are hashed before the first is deleted, and `announce` is
+    told before how much more disk the merge takes.  Interrupted, set and output together hold everything, and
+    `resume=True` goes on.
+
+    Raises `MissingPartitionError` if a partition is not there,
     `IntegrityError` if a chunk or a finished shard is not what the split recorded.
     """
     root, only = resolve_set_path(Path(path))
@@ -76,38 +99,82 @@ def merge(
         raise RequestError("this is one partition; merging takes the whole set", path=path, hint=f"Give {root}.")
     if Path(output).resolve() == root.resolve():
         raise RequestError("output is the directory of the set", path=output, hint="Choose another directory.")
-    manifest = read_set_manifest(root, root_digest)
-    is_bound = root_digest is not None
-    for entry in manifest.partitions:
-        require_partition(root, entry.part_id)
-    partitions: list[OpenPartition] = []
-    try:
+    with ExitStack() as stack:
+        directory = stack.enter_context(ConsumedDirectory(root)) if consume else None
+        if consume:  # nor may anybody write there meanwhile
+            stack.enter_context(OutputDirectory(root))
+        manifest = read_set_manifest(root, root_digest, may_be_begun=True)
+        gone = gone_partitions(root, manifest) if resume else frozenset()
+        partitions: dict[int, OpenPartition] = {}
+        stack.callback(_close_all, partitions)
         for entry in manifest.partitions:
-            partitions.append(open_partition_of_set(root, manifest, entry.part_id, io, is_bound=is_bound))
-        stored = _stored_by_shard(partitions, manifest)
-        for shard in manifest.shards:
+            if entry.part_id not in gone:
+                require_partition(root, entry.part_id)
+        for entry in manifest.partitions:
+            if entry.part_id not in gone:
+                partitions[entry.part_id] = open_partition_of_set(
+                    root, manifest, entry.part_id, io, is_bound=root_digest is not None
+                )
+        stored = _stored_by_shard(list(partitions.values()), manifest)
+        for shard in () if gone else manifest.shards:
             _pieces_of(shard, stored)  # says what is wrong before anything is written
-        with OutputDirectory(Path(output)) as out:
-            kept = _keep_finished(out.path, manifest.shards, resume)
-            _require_no_other_index(out.path, manifest)
-            todo = [shard for shard in manifest.shards if shard.name not in kept]
-            partials = [path for path in (partial_path(out.path / shard.name) for shard in todo) if path.exists()]
-            there = sum(path.stat().st_size for path in partials)
-            out.require_space(sum(shard.size_bytes for shard in todo) - there, "the merged checkpoint")
-            # First what may be refused after a moment, last the index: with it the checkpoint is whole.
-            digests = {entry.name: entry.sha256 for entry in manifest.files}
-            files = read_small_files(LocalStorage(root), list(digests), digests)
-            require_free_names(out.path, files, None)
-            copy_small_files(LocalStorage(root), files, out.path)
-            _write_shards(out.path, todo, stored, thread_count(threads), progress)
-            if manifest.weights_index is not None:
-                name, index = manifest.weights_index
-                if not (out.path / name).exists():
-                    write_whole_file(out.path / name, index.data(name))
-    finally:
-        for partition in partitions:
-            partition.close()
-    return MergeResult(Path(output), manifest.shards, tuple(kept), sum(shard.size_bytes for shard in manifest.shards))
+        consumer = None if directory is None else SetConsumer(directory, manifest, Path(output))
+        if consumer is not None:
+            consumer.require_consumable()
+        out = stack.enter_context(OutputDirectory(Path(output)))
+        kept = _keep_finished(out.path, manifest.shards, resume)
+        _require_no_other_index(out.path, manifest)
+        require_merged(root, manifest, gone, kept)
+        todo = [shard for shard in manifest.shards if shard.name not in kept]
+        for shard in todo if gone else ():
+            _pieces_of(shard, stored)
+        there = {shard.name: _length_of(partial_path(out.path / shard.name)) for shard in todo}
+        disk = None
+        batches = [Batch(tuple(todo), ())] if consumer is None else consumer.batches(todo)
+        if consumer is None:
+            out.require_space(sum(shard.size_bytes for shard in todo) - sum(there.values()), "the merged checkpoint")
+        else:
+            beside = sum(entry.size_bytes + 4096 for entry in manifest.files)
+            beside += 0 if manifest.weights_index is None else manifest.weights_index[1].size_bytes
+            disk = consumer.foretell(batches, there, beside, free_bytes(out.path))
+            if announce is not None:
+                announce(disk)
+            consumer.require_space(disk)
+        # First what may be refused after a moment, last the index: with it the checkpoint is whole.
+        digests = {entry.name: entry.sha256 for entry in manifest.files}
+        files = read_small_files(LocalStorage(root), list(digests), digests)
+        require_free_names(out.path, files, None)
+        copy_small_files(LocalStorage(root), files, out.path)
+        counter = ProgressCounter("merge", sum(shard.size_bytes for shard in todo), progress)
+        if consumer is not None:
+            consumer.require_sound(thread_count(threads), lambda _: None)
+        for batch in batches:
+            _write_shards(out.path, batch.shards, stored, thread_count(threads), counter)
+            if consumer is not None:
+                consumer.prove(batch.part_ids, thread_count(threads), sha256_of_file)
+                for part_id in batch.part_ids:
+                    partitions.pop(part_id).close()
+                consumer.delete_payloads(batch.part_ids)
+        beside_shards = [out.path / entry.name for entry in files]
+        if manifest.weights_index is not None:
+            name, index = manifest.weights_index
+            beside_shards.append(out.path / name)
+            if not (out.path / name).exists():
+                write_whole_file(out.path / name, index.data(name))
+        if consumer is not None:
+            consumer.finish(beside_shards)
+    total_bytes = sum(shard.size_bytes for shard in manifest.shards)
+    deleted = () if consumer is None else consumer.deleted_now
+    return MergeResult(Path(output), manifest.shards, tuple(kept), total_bytes, disk, deleted)
+
+
+def _close_all(partitions: Mapping[int, OpenPartition]) -> None:
+    for partition in partitions.values():
+        partition.close()
+
+
+def _length_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _stored_by_shard(partitions: Sequence[OpenPartition], manifest: SetManifest) -> _Stored:
@@ -189,10 +256,9 @@ def _write_shards(
     shards: Sequence[ShardEntry],
     stored: _Stored,
     threads: int,
-    progress: ProgressCallback | None,
+    counter: ProgressCounter,
 ) -> None:
     writers = [ShardWriter(out, shard) for shard in shards]
-    counter = ProgressCounter("merge", sum(shard.size_bytes for shard in shards), progress)
 
     def iter_shard(writer: ShardWriter) -> Iterator[Span]:
         arranged = _pieces_of(writer.entry, stored)

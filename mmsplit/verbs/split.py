@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, get_args
 
 from mmsplit.checkpoint import Checkpoint, IoMode
 from mmsplit.codec import CODEC_NAMES, CodecName
 from mmsplit.codec.erasure import require_erasure_library
-from mmsplit.errors import RequestError
+from mmsplit.errors import CheckpointError, RequestError
 from mmsplit.planning import (
     By,
     NodeRequest,
@@ -22,12 +23,14 @@ from mmsplit.planning import (
     sorted_part_ids,
 )
 from mmsplit.remote.source import HubOptions, hub_address_of, open_source
+from mmsplit.sidecar.consumed_directory import ConsumedDirectory
 from mmsplit.sidecar.manifest_builder import Origin
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory
 from mmsplit.sidecar.parity_layout import percent_hundredths
 from mmsplit.sidecar.parity_writer import ensure_parity
 from mmsplit.sidecar.set_manifest import KeptBytes, ShardEntry
-from mmsplit.splitting import SplitOptions, SplitResult, SplitRun, fold_equal_tensors
+from mmsplit.splitting import Announce, Consumer, SplitOptions, SplitResult, SplitRun, fold_equal_tensors
+from mmsplit.splitting.kept_journal import open_what_is_left, read_consumed, require_not_consumed
 from mmsplit.workers import ProgressCallback, thread_count
 
 _EXISTING: Final = ", ".join(get_args(Existing))
@@ -59,6 +62,8 @@ def split(
     revision: str | None = None,
     hub: HubOptions | None = None,
     allow_unknown_dtypes: bool = False,
+    consume: bool = False,
+    announce: Announce | None = None,
     progress: ProgressCallback | None = None,
 ) -> SplitResult:
     """Split a checkpoint into a partition set in `output`; memory does not grow with its size.
@@ -79,8 +84,12 @@ def split(
     `parity` is a share in percent, 0.5 to 50: when the partitions are complete, each gets a parity file of that size
     beside its payload, as the verb `parity` makes it, and `repair` then needs no source for small damage.
 
-    Interrupted at any moment, it leaves the source untouched, nothing that passes for a partition set, and what a
-    later run with `existing="resume"` needs to come to the same bytes.  Raises any branch of `MmsplitError`.
+    `consume=True` deletes each shard of `source`, a directory of this machine, as soon as all of it is in finished
+    partitions that were read back from the disk; `announce` is told before how much more disk that takes at most.
+    Interrupted, source and output together hold everything, and `existing="resume"` goes on.
+
+    Interrupted at any moment, it otherwise leaves the source untouched, nothing that passes for a partition set, and
+    what a later run with `existing="resume"` needs to come to the same bytes.  Raises any branch of `MmsplitError`.
     """
     if existing not in get_args(Existing):
         raise RequestError(f"no such way with existing output: {existing!r}", hint=f"Possible are {_EXISTING}.")
@@ -90,54 +99,100 @@ def split(
         percent_hundredths(parity)  # not after hours
         require_erasure_library()
     hub = hub or HubOptions()
-    if not isinstance(source, Checkpoint) and hub_address_of(source, hub) is not None:
-        # What is asked for, a branch say, is not what the manifests record: that is the commit.
-        hub, revision = hub._replace(revision=hub.revision or revision), None
-    source = open_source(source, hub, allow_unknown_dtypes=allow_unknown_dtypes)
-    source = fold_equal_tensors(source, io, progress)
-    request = PlanRequest(
-        num_parts=num_parts,
-        by=by,
-        weights=weights,
-        boundaries=boundaries,
-        tied=tied,
-        split_by=split_by,
-        rule=rule,
-    )
-    plan = plan_for_nodes_or_parts(source, request, nodes)
-    options = SplitOptions(
-        codec=codec,
-        threads=thread_count(threads),
-        io=io,
-        direct=direct,
-        source_sha256=source_sha256,
-        only=None if only is None else sorted_part_ids(only, plan.num_parts),
-    )
-    headers = {shard.name: source.read_kept(shard.name) for shard in source.shards}
-    origin = Origin(
-        model_id or source.model_id,
-        revision or source.revision,
-        plan.num_parts,
-        plan.digest,
-        _source_digest(source, headers),
-    )
-    known = {
-        shard.name: ShardEntry(shard.name, shard.size_bytes, None, KeptBytes.of(headers.pop(shard.name)))
-        for shard in source.shards
-    }
-    directory = source.storage.directory
-    if directory is not None and Path(output).resolve() == directory.resolve():
-        raise RequestError(
-            "output is the directory of the source, which is only read",
-            path=output,
-            hint="Choose another directory for the partition set.",
+    with ExitStack() as stack:
+        consumed, record, left = None, None, None
+        if consume:
+            directory = _consumable_directory(source, hub, only, source_sha256)
+            consumed = stack.enter_context(ConsumedDirectory(directory))
+        if consume and existing != "force":
+            record = read_consumed(Path(output))
+        else:
+            require_not_consumed(Path(output))
+        if not isinstance(source, Checkpoint) and hub_address_of(source, hub) is not None:
+            # What is asked for, a branch say, is not what the manifests record: that is the commit.
+            hub, revision = hub._replace(revision=hub.revision or revision), None
+        if consumed is not None and record is not None and not isinstance(source, Checkpoint):
+            left = open_what_is_left(Path(source), consumed, record, allow_unknown_dtypes=allow_unknown_dtypes)
+        if left is None:
+            source = open_source(source, hub, allow_unknown_dtypes=allow_unknown_dtypes)
+            source = fold_equal_tensors(source, io, progress)
+        else:
+            source = left
+        request = PlanRequest(
+            num_parts=num_parts,
+            by=by,
+            weights=weights,
+            boundaries=boundaries,
+            tied=tied,
+            split_by=split_by,
+            rule=rule,
         )
-    with OutputDirectory(Path(output)) as out:
-        result = SplitRun(source, plan, origin, options, out, known, progress).execute(existing)
-        if parity is not None:
-            for entry in result.partitions:
-                ensure_parity(out.path / entry.manifest_file, parity, options.threads, progress)
-        return result
+        plan = plan_for_nodes_or_parts(source, request, nodes)
+        options = SplitOptions(
+            codec=codec,
+            threads=thread_count(threads),
+            io=io,
+            direct=direct,
+            source_sha256=source_sha256,
+            only=None if only is None else sorted_part_ids(only, plan.num_parts),
+        )
+        headers = {shard.name: source.read_kept(shard.name) for shard in source.shards}
+        origin = Origin(
+            model_id or source.model_id,
+            revision or source.revision,
+            plan.num_parts,
+            plan.digest,
+            _source_digest(source, headers),
+        )
+        known = {
+            shard.name: ShardEntry(shard.name, shard.size_bytes, None, KeptBytes.of(headers.pop(shard.name)))
+            for shard in source.shards
+        }
+        place = source.storage.directory
+        if place is not None and Path(output).resolve() == place.resolve():
+            raise RequestError(
+                "output is the directory of the source, which is only read",
+                path=output,
+                hint="Choose another directory for the partition set.",
+            )
+        consumer = None
+        if consumed is not None:
+            deletable = frozenset() if record is None else record.deleted
+            kept = {name: entry.kept for name, entry in known.items()}
+            consumer = Consumer(source, plan, consumed, Path(output), kept, deletable, announce)
+            consumed.require_deletable(shard.name for shard in source.shards if shard.name not in consumer.gone)
+        with OutputDirectory(Path(output)) as out:
+            result = SplitRun(source, plan, origin, options, out, known, progress, consumer=consumer).execute(existing)
+            if parity is not None:
+                for entry in result.partitions:
+                    ensure_parity(out.path / entry.manifest_file, parity, options.threads, progress)
+            return result
+
+
+def _consumable_directory(
+    source: str | Path | Checkpoint, hub: HubOptions, only: Collection[int] | None, source_sha256: bool
+) -> Path:
+    """Return the directory whose shards are to be deleted.  Raises `RequestError` for what cannot be consumed."""
+    if only is not None:
+        raise RequestError(
+            "--only writes a part: no shard can be deleted for it", hint="Leave --only or --consume out."
+        )
+    if not source_sha256:
+        raise RequestError(
+            "shards are deleted only when their SHA-256 is known", hint="Leave --no-source-sha256 or --consume out."
+        )
+    if isinstance(source, Checkpoint):
+        directory = source.storage.directory
+    else:
+        path = Path(source)
+        directory = None if hub_address_of(source, hub) is not None else path if path.is_dir() else path.parent
+    if directory is None or hub.keep_source:
+        raise RequestError(
+            "a model of the Hub has no shards here to delete", hint="Leave --consume out; no shard touches the disk."
+        )
+    if not directory.is_dir():
+        raise CheckpointError("no such file or directory", path=directory)
+    return directory
 
 
 def _source_digest(checkpoint: Checkpoint, headers: dict[str, bytes]) -> str:

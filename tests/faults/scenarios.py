@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import consuming
 from checkpoints import CAUSAL_CONFIG, Weight, flip, llama_weights, tree, write_checkpoint
 from fault_layer import Crash, Fault, Layer
 
@@ -232,6 +233,33 @@ def _download(*, into_cache: bool) -> Act:
     return act
 
 
+def _given_model_to_consume(work: Work) -> None:
+    """A model of four shards whose output is its neighbour, and another copy, to compare with.
+
+    With three partitions, shards go after the first and the second, too; the head's copy of the embedding is in the
+    last, and does not keep the first shard.
+    """
+    first, norm, *blocks = llama_weights(4)
+    big = Weight("model.layers.2.mlp.down_proj.weight", "BF16", (160, 64), 200)
+    shards = [[first, *blocks[:3]], blocks[3:6], [*blocks[6:9], big], [*blocks[9:], norm]]
+    for name in (consuming.MODEL, consuming.ORIGINAL):
+        write_checkpoint(work.out / name, shards, index=True, files={"config.json": CAUSAL_CONFIG})
+
+
+def _given_set_to_consume(work: Work) -> None:
+    _given_model_to_consume(work)
+    split(work.out / consuming.MODEL, work.out / consuming.SET, 3, threads=1)
+    shutil.rmtree(work.out / consuming.MODEL)
+
+
+def _consume_split(existing: str) -> Act:
+    return lambda work: consuming.consume_split(work.out, existing, direct=work.direct)
+
+
+def _consume_merge(*, resume: bool) -> Act:
+    return lambda work: consuming.consume_merge(work.out, resume=resume)
+
+
 SCENARIOS = (
     Scenario("split", _given_model, _split("refuse"), _split("resume"), _split("force"), _judge_set),
     Scenario("split --resume", _given_unfinished, _split("resume"), _split("resume"), _split("force"), _judge_set),
@@ -244,6 +272,14 @@ SCENARIOS = (
         "repartition", _given_set, _repartition("refuse"), _repartition("resume"), _repartition("force"), _judge_set
     ),
     Scenario("merge", _given_set, _merge(resume=False), _merge(resume=True), None, _judge_files),
+    Scenario(
+        "split --consume", _given_model_to_consume, _consume_split("refuse"), _consume_split("resume"),
+        _consume_split("force"), consuming.judge,
+    ),
+    Scenario(
+        "merge --consume", _given_set_to_consume, _consume_merge(resume=False), _consume_merge(resume=True), None,
+        consuming.judge,
+    ),
     Scenario("pull", _given_set, _pull(force=False), _pull(force=False), _pull(force=True), _judge_set),
     Scenario("pull --force over damage", _given_damaged, _pull(force=True), _pull(force=True), None, _judge_set),
     Scenario("parity", _given_output, _parity, _parity, None, _judge_files, writes_direct=False),
