@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mmsplit import HubModel, MmsplitError, Plan, SplitResult
 from mmsplit.cli.progress import ProgressDisplay
-from mmsplit.cli.render import clean, count, layer_range, percent, size, table
+from mmsplit.cli.render import clean, contents, count, percent, size, table
 
 INTERRUPTED = 130
 
@@ -67,7 +67,7 @@ def show_plan(plan: Plan) -> None:
     rows = [
         (
             str(part.part_id),
-            layer_range(part.layers),
+            contents(part),
             str(len(part.layers)),
             count(part.total_params),
             size(part.total_bytes),

@@ -204,9 +204,12 @@ def test_what_promises_the_world_costs_no_memory(victim: Path) -> None:
         (victim / "partition_0.bin").write_bytes(payload)
         frame = b"\x28\xb5\x2f\xfd\xe0" + declared.to_bytes(8, "little") + b"\x03\x00\x00x"
         kept = {"bytes": declared, "zstd_base64": base64.b64encode(frame).decode()}
-        _write_set_manifest(victim, _replaced(values, ("source", "shards", 0, "kept"), kept))
-        with pytest.raises(IntegrityError):
-            merge(victim, victim.parent / "merged")
+        of_a_shard = ("source", "shards", 0)
+        for size_bytes in (values["source"]["shards"][0]["bytes"], declared):
+            forged = _replaced(_replaced(values, (*of_a_shard, "kept"), kept), (*of_a_shard, "bytes"), size_bytes)
+            _write_set_manifest(victim, forged)
+            with pytest.raises((FormatError, IntegrityError)):
+                merge(victim, victim.parent / "merged")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
 
 
