@@ -21,6 +21,7 @@ NAMES: Final = (
     "startup",
     "plan_deepseek",
     "split_vs_copy",
+    "repartition_vs_copy",
     "verify_vs_cat",
     "load_vs_safetensors",
     "codec_vs_zipnn",

@@ -6,7 +6,9 @@
     sign(path, private_key)              vouch for a set with a key
     merge(path, output)                  the original shards again, byte for byte
     export(source, output)               safetensors for any loader, or JSON; load_partition_json(path) reads that
+    repartition(path, output, num_parts)    the same model cut another way, its chunks moved as they are
     repair(path, source)                 what is damaged made again, from the checkpoint or another copy
+    parity(path, percent)                small files beside the payloads, from which repair needs no source
     open_partition(path)                 a mapping of tensor names to numpy arrays
     open_set(path), open_checkpoint(path), inspect(path)
 
@@ -63,10 +65,12 @@ if TYPE_CHECKING:
     from mmsplit.verbs.inspect import inspect
     from mmsplit.verbs.load import Partition, PartitionSet, open_partition, open_set
     from mmsplit.verbs.merge import MergeResult, merge
+    from mmsplit.verbs.parity import ParityResult, parity
     from mmsplit.verbs.plan import plan
     from mmsplit.verbs.pull import PullResult, pull
     from mmsplit.verbs.push import PushResult, push
     from mmsplit.verbs.repair import RepairResult, repair
+    from mmsplit.verbs.repartition import RepartitionResult, repartition
     from mmsplit.verbs.sign import SignResult, sign
     from mmsplit.verbs.split import SplitResult, split
     from mmsplit.verbs.verify import VerifyResult, verify
@@ -113,10 +117,12 @@ _HOMES = {
     "mmsplit.verbs.inspect": ("inspect",),
     "mmsplit.verbs.load": ("Partition", "PartitionSet", "open_partition", "open_set"),
     "mmsplit.verbs.merge": ("MergeResult", "merge"),
+    "mmsplit.verbs.parity": ("ParityResult", "parity"),
     "mmsplit.verbs.plan": ("plan",),
     "mmsplit.verbs.pull": ("PullResult", "pull"),
     "mmsplit.verbs.push": ("PushResult", "push"),
     "mmsplit.verbs.repair": ("RepairResult", "repair"),
+    "mmsplit.verbs.repartition": ("RepartitionResult", "repartition"),
     "mmsplit.verbs.sign": ("SignResult", "sign"),
     "mmsplit.verbs.split": ("SplitResult", "split"),
     "mmsplit.verbs.verify": ("VerifyResult", "verify"),

@@ -78,7 +78,14 @@ class MmsplitError(Exception):
             message += f" ({', '.join(values)})"
         if self.hint is not None:
             message += f". {self.hint}"
-        return message
+        return _printable(message)
+
+
+def _printable(text: str) -> str:
+    """Escape what is no text, or would tell a terminal what to do: a message may hold a stranger's words."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def _shorten(text: str, limit: int = 200) -> str:

@@ -33,7 +33,7 @@ def read_regular(path: Path) -> bytes:
     Raises `OSError`.
     """
     require_regular(path)
-    with path.open("rb", buffering=0) as file:
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb", buffering=0) as file:
         left = os.fstat(file.fileno()).st_size
         pieces = []
         while left and (piece := file.read(left)):

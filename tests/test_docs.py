@@ -27,6 +27,7 @@ SHOWING_COMMANDS = (
     "docs/larger-than-disk.md",
     "docs/other-cuts.md",
     "docs/repair.md",
+    "docs/repartition.md",
     "docs/security.md",
     "docs/export.md",
     "docs/consume.md",

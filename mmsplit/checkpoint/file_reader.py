@@ -148,6 +148,10 @@ class FileReader:
         """Whether ranges are slices of a map at this moment."""
         return self._map is not None and not self._retiring
 
+    def fileno(self) -> int:
+        """Return the descriptor, open for reading until `close`; for those who hand it to the kernel."""
+        return self._fd
+
     @contextmanager
     def borrow(self, start: int, stop: int, scratch: Scratch, mode: ReadMode = "cached") -> Iterator[memoryview]:
         """Lend the bytes [start, stop) read-only, until the block ends.

@@ -52,7 +52,8 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort) as stop:
         interrupted = isinstance(stop, KeyboardInterrupt) or isinstance(stop.__cause__, KeyboardInterrupt)
         said = (
-            "interrupted. The same split, merge or export goes on with --resume, a download or pull as it is."
+            "interrupted. The same split, repartition, merge or export goes on with --resume, a download or pull as it"
+            " is."
             if interrupted
             else "nothing done"
         )

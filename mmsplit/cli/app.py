@@ -17,6 +17,8 @@ _COMMANDS: Final = {
     "split": "Split a checkpoint into a partition set.",
     "verify": "Find every byte of a set that is not as it was written.",
     "repair": "Make what is damaged in a set again, from the checkpoint or another copy.",
+    "repartition": "Cut the model of a set another way; encoded chunks are moved as they are.",
+    "parity": "Make parity files, from which a set repairs itself without a source.",
     "sign": "Sign a set, so that others can tell that it is yours.",
     "merge": "Merge a set into the original checkpoint, byte for byte.",
     "export": "Write partitions, or a model, as safetensors for any loader, or as JSON.",

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mmsplit.cli.options import json_option, unknown_dtypes_option
-from mmsplit.cli.render import count, echo, echo_json, layer_table, notes, percent, size, table
+from mmsplit.cli.render import clean, count, echo, echo_json, layer_table, notes, percent, size, table
 from mmsplit.cli.source_options import chosen_source, hub_of, hub_options, model_id_option, source_argument
 from mmsplit.verbs.inspect import CheckpointInfo, PartitionInfo, SetInfo, inspect
 
@@ -46,9 +46,11 @@ def inspect_command(
 def _show_checkpoint(info: CheckpointInfo, every_layer: bool) -> None:
     checkpoint = info.checkpoint
     facts = info.as_json()["dtypes"]
-    dtypes = ", ".join(f"{dtype} {size(total)}" for dtype, total in facts.items()) if isinstance(facts, dict) else ""
+    dtypes = (
+        ", ".join(f"{clean(dtype)} {size(total)}" for dtype, total in facts.items()) if isinstance(facts, dict) else ""
+    )
     echo(
-        f"{checkpoint.model_id}: {size(checkpoint.total_bytes)}, {count(checkpoint.total_params)} parameters,"
+        f"{clean(checkpoint.model_id)}: {size(checkpoint.total_bytes)}, {count(checkpoint.total_params)} parameters,"
         f" {len(checkpoint.tensors):,} tensors in {len(checkpoint.shards)} shard(s); {dtypes}\n"
     )
     echo(layer_table(info.layers, every=every_layer))
@@ -58,7 +60,7 @@ def _show_checkpoint(info: CheckpointInfo, every_layer: bool) -> None:
 def _show_partition(info: PartitionInfo, every_layer: bool) -> None:
     manifest = info.manifest
     echo(
-        f"partition {manifest.part_id} of {manifest.num_parts} of {manifest.model_id}:"
+        f"partition {manifest.part_id} of {manifest.num_parts} of {clean(manifest.model_id)}:"
         f" {size(manifest.total_bytes)} stored in {size(manifest.stored_bytes)}"
         f" ({percent(manifest.stored_bytes, manifest.total_bytes)}),"
         f" {count(manifest.total_params)} parameters, {len(manifest.stored_tensors()):,} tensors\n"
@@ -69,7 +71,7 @@ def _show_partition(info: PartitionInfo, every_layer: bool) -> None:
 def _show_set(info: SetInfo) -> None:
     manifest = info.manifest
     echo(
-        f"{manifest.model_id}: {len(manifest.partitions)} partitions, {size(manifest.total_bytes)} stored in"
+        f"{clean(manifest.model_id)}: {len(manifest.partitions)} partitions, {size(manifest.total_bytes)} stored in"
         f" {size(manifest.stored_bytes)} ({percent(manifest.stored_bytes, manifest.total_bytes)}), codec"
         f" {manifest.codec}\n"
     )

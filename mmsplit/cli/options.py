@@ -59,8 +59,33 @@ class PartIdList(click.ParamType[tuple[int, ...]]):
 PART_IDS = PartIdList()
 
 
+class Percent(click.ParamType[float]):
+    """A share in percent, with or without the sign."""
+
+    name = "percent"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Take 2%, 2 or 0.5%; which shares are possible is for the verbs to say."""
+        try:
+            return float(str(value).strip().removesuffix("%"))
+        except ValueError:
+            self.fail(f"{value!r} is not a percentage such as 2%", param, ctx)
+
+
+PERCENT = Percent()
+
+
 def planning_options(command: F) -> F:
-    """Add the options that say how to plan."""
+    """Add the options that say how to plan a checkpoint."""
+    return _planning_options(unknown_dtypes_option(command), default_tied="duplicate")
+
+
+def set_planning_options(command: F) -> F:
+    """Add those that say how to plan what a partition set holds; it says itself how it treats tied weights."""
+    return _planning_options(command, default_tied=None)
+
+
+def _planning_options(command: F, default_tied: str | None) -> F:
     for option in reversed(
         (
             click.option("-n", "--num-parts", type=int, help="Number of partitions."),
@@ -94,12 +119,11 @@ def planning_options(command: F) -> F:
             click.option(
                 "--tied",
                 type=click.Choice(["duplicate", "reference", "colocate"]),
-                default="duplicate",
-                show_default=True,
+                default=default_tied,
+                show_default=default_tied or "as in SET",
                 help="A tied weight that a later partition needs: give it a copy, refer to the original, or move"
                 " the layers that use it there.",
             ),
-            unknown_dtypes_option,
         )
     ):
         command = option(command)

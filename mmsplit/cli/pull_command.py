@@ -8,7 +8,7 @@ import click
 
 from mmsplit.cli.options import PART_IDS, PATH, json_option, root_option
 from mmsplit.cli.progress import ProgressDisplay
-from mmsplit.cli.render import echo, echo_json, size, table
+from mmsplit.cli.render import clean, echo, echo_json, size, table
 from mmsplit.remote.source import HubOptions
 from mmsplit.verbs.pull import PullResult, pull
 
@@ -82,5 +82,6 @@ def _show(result: PullResult) -> None:
         for each in result.partitions
     ]
     echo(table(("partition", "size", "fetched", "was there"), rows, (True, True, True, True)))
-    echo(f"\n  {len(rows)} of {len(result.manifest.partitions)} partitions of {result.manifest.model_id}, all verified")
+    of_all = f"{len(rows)} of {len(result.manifest.partitions)} partitions"
+    echo(f"\n  {of_all} of {clean(result.manifest.model_id)}, all verified")
     echo(f"  root digest {result.root_digest}")

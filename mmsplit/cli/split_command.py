@@ -9,7 +9,7 @@ import click
 from mmsplit.checkpoint import IoMode
 from mmsplit.cli.consume_option import announce_disk, consume_option
 from mmsplit.cli.node_options import node_options
-from mmsplit.cli.options import PART_IDS, PATH, json_option, planning_options, work_options
+from mmsplit.cli.options import PART_IDS, PATH, PERCENT, json_option, planning_options, work_options
 from mmsplit.cli.progress import ProgressDisplay
 from mmsplit.cli.render import contents, echo, echo_json, notes, percent, size, table
 from mmsplit.cli.source_options import chosen_source, hub_of, hub_options, source_argument
@@ -47,6 +47,11 @@ from mmsplit.verbs.split import SplitResult, split
     help="Do not compute the SHA-256 of the source shards: a third less work, and merge has less to compare with.",
 )
 @click.option(
+    "--parity",
+    type=PERCENT,
+    help="Beside each payload, a parity file of this share of it, 2% say: repair then needs no source.",
+)
+@click.option(
     "--model-id",
     metavar="ORG/NAME",
     help="The model on the Hub, in place of SOURCE; with a path as SOURCE, the id for the manifests.",
@@ -78,6 +83,7 @@ def split_command(
     force: bool,
     buffered: bool,
     no_source_sha256: bool,
+    parity: float | None,
     keep_source: bool,
     consume: bool,
     model_id: str | None,
@@ -117,6 +123,7 @@ def split_command(
             io=io,
             direct=not buffered,
             source_sha256=not no_source_sha256,
+            parity=parity,
             model_id=model_id if source else None,
             revision=revision,
             hub=hub_of(revision, cache_dir, token, connections)._replace(keep_source=keep_source),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Final
@@ -140,7 +140,7 @@ class HubStorage:
 
     def open_readers(self, io: IoMode, identities: Mapping[str, Identity]) -> HubReaders:  # noqa: ARG002
         """Return readers that fetch ahead what is announced."""
-        return HubReaders(self.repository, self._heads, self._ranges, self._connections)
+        return HubReaders(self.repository.open_file, self._heads, self._ranges, self._connections)
 
     def published_sha256(self, name: str) -> str | None:
         """The SHA-256 in the Hub's listing; files outside large-file storage have none."""
@@ -160,16 +160,20 @@ class HubStorage:
 
 
 class HubReaders:
-    """Readers of a repository's shards that share one `RangeFetcher`."""
+    """Readers of files elsewhere, such as a repository's shards, that share one `RangeFetcher`."""
 
     def __init__(
-        self, repository: HubRepository, heads: Mapping[str, bytes], ranges: SmallRanges, connections: int
+        self,
+        open_file: Callable[[str], RemoteFile],
+        heads: Mapping[str, bytes],
+        ranges: SmallRanges,
+        connections: int,
     ) -> None:
-        self._repository = repository
+        self._open_file = open_file
         self._heads = heads
         self._ranges = ranges
         self._connections = connections
-        self._fetcher = RangeFetcher(repository.open_file, connections)
+        self._fetcher = RangeFetcher(open_file, connections)
 
     @property
     def read_ahead_bytes(self) -> int:
@@ -185,7 +189,7 @@ class HubReaders:
     def lend(self, shard: str) -> Iterator[RangeReader]:
         """Lend a reader; nothing is requested for this."""
         head = self._heads.get(shard, b"")
-        yield _HubReader(self._repository.open_file(shard), head, self._ranges, self._fetcher, self._connections)
+        yield _HubReader(self._open_file(shard), head, self._ranges, self._fetcher, self._connections)
 
     def cancel(self) -> None:
         """Wake everybody who waits for bytes."""

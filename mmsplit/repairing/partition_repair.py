@@ -18,6 +18,7 @@ from mmsplit.errors import CheckpointError, FormatError, IntegrityError, Network
 from mmsplit.repairing.chunk_mender import ChunkMender, Damage, chunk_mended, find_damage
 from mmsplit.repairing.ledger import THE_SET, Ledger, Mended
 from mmsplit.repairing.manifest_finder import ForeignPayloadError, FoundManifest, find_manifest
+from mmsplit.repairing.parity_copy import ParityCopy
 from mmsplit.repairing.payload_rebuild import rebuild_payload
 from mmsplit.repairing.siblings import Siblings
 from mmsplit.repairing.sources import CheckpointSource, ChunkSource, RepairSource, SetCopy
@@ -65,15 +66,17 @@ class PartitionRepair:
         set_manifest: SetManifest | None,
         part_ids: tuple[int, ...],
         sources: Sequence[RepairSource],
+        parity: ParityCopy,
         ledger: Ledger,
         options: RepairOptions,
     ) -> None:
         self._root = root
         self._set = set_manifest
         self._sources = tuple(sources)
-        self._copies = tuple(source for source in sources if isinstance(source, SetCopy))
+        # What is here is asked before what may be far away.
+        self._copies = (parity, *(source for source in sources if isinstance(source, SetCopy)))
         self._siblings = Siblings(root, part_ids)
-        self._chunk_sources: tuple[ChunkSource, ...] = (self._siblings, *self._sources)
+        self._chunk_sources: tuple[ChunkSource, ...] = (self._siblings, parity, *self._sources)
         self._ledger = ledger
         self._options = options
 

@@ -279,7 +279,7 @@ def first_that_has(
     for copy in copies:
         try:
             data = ask(copy)
-        except (NetworkError, CheckpointError):
+        except (NetworkError, CheckpointError, IntegrityError):
             continue
         if data is not None and fits(data):
             return data, copy.location

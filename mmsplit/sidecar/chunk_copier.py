@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import xxhash
 
-from mmsplit.checkpoint import Scratch
+from mmsplit.checkpoint import Scratch, ShardRange
 from mmsplit.errors import IntegrityError
-from mmsplit.sidecar.layout import SLOT_ALIGNMENT, ChunkSpec, aligned
+from mmsplit.sidecar.block_sharing import Twin
+from mmsplit.sidecar.layout import SLOT_ALIGNMENT, ChunkSpec, Slot, aligned
 from mmsplit.sidecar.payload_file import BlockReader
 from mmsplit.sidecar.payload_writer import PayloadWriter
 from mmsplit.sidecar.repeated_chunks import ChunkPlace, RepeatedChunks
@@ -34,6 +36,31 @@ class StoredChunk(NamedTuple):
 
     data: memoryview
     record: np.void
+
+
+def raw_range(chunk: ChunkSpec) -> ShardRange:
+    """Return where in the source a chunk's raw bytes lie."""
+    start = chunk.tensor.start_offset + chunk.start
+    return ShardRange(chunk.tensor.shard, start, start + chunk.raw_bytes)
+
+
+class StoredChunks(Protocol):
+    """Gives chunks that are encoded already, wherever they are; shared by all threads."""
+
+    def source_range(self, part_id: int, chunk: ChunkSpec) -> ShardRange | None:
+        """Return what of the source is borrowed for a chunk of partition `part_id`; None if nothing is."""
+
+    def borrow(self, part_id: int, chunk: ChunkSpec, scratch: Scratch) -> AbstractContextManager[StoredChunk | None]:
+        """Lend the chunk until the block ends; None if it must be encoded.  Its data may lie in `scratch`.
+
+        They have the checksum of the record; otherwise raises `IntegrityError`.
+        """
+
+    def twin_of(self, part_id: int, slot: Slot, block: memoryview) -> AbstractContextManager[Twin | None]:
+        """Lend a place where exactly the bytes of `block`, an encoded slot, lie already; None if that is nowhere."""
+
+    def close(self) -> None:
+        """Let go of files; nobody may be taking a chunk."""
 
 
 class ChunkCopier:
@@ -47,9 +74,13 @@ class ChunkCopier:
         self._lock = threading.Lock()
         self._files: dict[int, BlockReader] = {}
 
-    def is_copied(self, part_id: int, chunk: ChunkSpec) -> bool:
-        """Whether `take` will have the chunk, so that nobody needs its source bytes."""
-        return self._repeated.original_of(part_id, chunk) is not None
+    def source_range(self, part_id: int, chunk: ChunkSpec) -> ShardRange | None:
+        """Return the bytes that a chunk is encoded from; None if `take` will have it."""
+        return raw_range(chunk) if self._repeated.original_of(part_id, chunk) is None else None
+
+    def borrow(self, part_id: int, chunk: ChunkSpec, scratch: Scratch) -> AbstractContextManager[StoredChunk | None]:
+        """Lend what `take` returns."""
+        return nullcontext(self.take(part_id, chunk, scratch))
 
     def take(self, part_id: int, chunk: ChunkSpec, scratch: Scratch) -> StoredChunk | None:
         """Return the stored original of a chunk of partition `part_id`, None if there is none.
@@ -78,6 +109,10 @@ class ChunkCopier:
                 hint="Suspect the disk or the memory; remove this file and run again with --resume.",
             )
         return StoredChunk(data, record)
+
+    def twin_of(self, part_id: int, slot: Slot, block: memoryview) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Copies are written, not shared: a partition stays whole if its neighbour is damaged."""
+        return nullcontext()
 
     def close(self) -> None:
         """Close the payloads; nobody may be taking a chunk."""

@@ -25,6 +25,7 @@ from mmsplit.sidecar.framing import MAGIC
 from mmsplit.sidecar.layout import DATA_START
 from mmsplit.sidecar.manifest import manifest_name, parse_manifest, payload_name
 from mmsplit.sidecar.output_files import PARTIAL_SUFFIX, output_errors, sync_directory, write_whole_file
+from mmsplit.sidecar.parity_layout import PARITY_MAGIC, PARITY_SUFFIX
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest, parse_set_manifest
 
 STATE_NAME: Final = "unfinished_split.json"
@@ -36,7 +37,7 @@ KEPT_SOURCE_KEY: Final = "kept_source"
 DELETED_KEY: Final = "deleted_shards"
 LOCK_NAME: Final = ".mmsplit.lock"
 _OURS: Final = re.compile(
-    r"^(partition_\d+\.(json|bin)(\.partial|\.journal)?|(partition_set|unfinished_split|unfinished_merge)\.json(\.partial)?)$",
+    r"^(partition_\d+\.(json|bin|parity)(\.partial|\.journal)?|(partition_set|unfinished_(split|merge))\.json(\.partial)?)$",
     re.ASCII,
 )
 _PARTITION: Final = re.compile(r"^partition_(\d+)\.", re.ASCII)
@@ -377,6 +378,8 @@ def _is_ours(path: Path) -> bool:
         return True
     with output_errors(path), path.open("rb") as file:
         head = file.read(DATA_START)
+    if PARITY_SUFFIX in path.name:
+        return not any(head) or head.startswith(PARITY_MAGIC)
     if path.name.endswith(f".bin{PARTIAL_SUFFIX}"):
         return not any(head) or head.startswith(MAGIC)
     return head.startswith(MAGIC) if path.suffix == ".bin" else b'"mmsplit-' in head

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, NoReturn
+from typing import Final, Literal, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import xxhash
@@ -68,6 +68,17 @@ class Fault(NamedTuple):
 
 
 Report = Callable[[Fault], None]
+
+
+class PayloadBytes(Protocol):
+    """What gives ranges of a payload: its file, or what makes them again."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of the payload."""
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Return the bytes [start, stop)."""
 
 
 class OpenPartition:
@@ -179,11 +190,16 @@ def read_manifest_copy(payload: Path) -> bytes:
     """Return the manifest that a payload carries, byte for byte the partition's JSON; raises if it is not sound."""
     with FileReader(payload, io="pread", changed_error=IntegrityError) as reader:
         _require_payload(reader)
-        trailer = _read_trailer(reader)
-        copy = None if trailer is None else _manifest_copy(reader, trailer)
+        copy = find_manifest_copy(reader)
         if copy is None:
             raise IntegrityError("payload has no sound trailer; it is truncated, or not finished", path=payload)
         return copy
+
+
+def find_manifest_copy(payload: PayloadBytes) -> bytes | None:
+    """Return the manifest that a payload carries, None if it or the trailer is not sound."""
+    trailer = _read_trailer(payload)
+    return None if trailer is None else _manifest_copy(payload, trailer)
 
 
 def _read_manifest_file(path: Path, report: Report) -> bytes | None:
@@ -254,12 +270,12 @@ def _require_payload(reader: FileReader) -> None:
     require_payload_header(reader.read(0, HEADER_BYTES), str(reader.path))
 
 
-def _read_trailer(reader: FileReader) -> Trailer | None:
+def _read_trailer(reader: PayloadBytes) -> Trailer | None:
     size = reader.size_bytes
     return parse_trailer(reader.read(max(0, size - TRAILER_BYTES), size), size)
 
 
-def _manifest_copy(reader: FileReader, trailer: Trailer) -> bytes | None:
+def _manifest_copy(reader: PayloadBytes, trailer: Trailer) -> bytes | None:
     if trailer.manifest_bytes > MAX_MANIFEST_BYTES:
         return None
     data = reader.read(trailer.manifest_offset, trailer.manifest_offset + trailer.manifest_bytes)

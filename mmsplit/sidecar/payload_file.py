@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Final
 
+from mmsplit.sidecar.block_sharing import Twin
 from mmsplit.sidecar.output_files import open_unfinished, output_errors, write_all
 
 _REFUSED: Final = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -41,9 +42,14 @@ class PayloadFile:
         """Whether blocks bypass the page cache at this moment."""
         return self._direct_fd is not None
 
-    def write_block(self, offset: int, block: memoryview) -> None:
-        """Write a block whose memory, offset and length are multiples of the slot alignment."""
+    def write_block(self, offset: int, block: memoryview, twin: Twin | None = None) -> None:
+        """Write a block whose memory, offset and length are multiples of the slot alignment.
+
+        Where `twin` has the same bytes, the file system may share them instead.
+        """
         with output_errors(self.path):
+            if twin is not None and twin.share(self._fd, offset, len(block)):
+                return
             direct_fd = self._direct_fd
             if direct_fd is not None:
                 try:

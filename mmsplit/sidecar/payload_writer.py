@@ -22,6 +22,7 @@ from mmsplit.checkpoint import FileReader, Scratch
 from mmsplit.digests import chunk_digest, sha256_of
 from mmsplit.errors import IntegrityError, MmsplitError, OutputError
 from mmsplit.regular_files import read_regular
+from mmsplit.sidecar.block_sharing import Twin
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD, ChunkIndex, empty_index
 from mmsplit.sidecar.layout import CHUNK_ALIGNMENT, DATA_START, SLOT_ALIGNMENT, Slot, aligned
 from mmsplit.sidecar.manifest import parse_manifest
@@ -175,14 +176,23 @@ class PayloadWriter:
             self._placed.notify_all()
             return offset
 
-    def write(self, slot_number: int, first_chunk: int, offset: int, block: memoryview, records: ChunkIndex) -> bool:
+    def write(
+        self,
+        slot_number: int,
+        first_chunk: int,
+        offset: int,
+        block: memoryview,
+        records: ChunkIndex,
+        twin: Twin | None = None,
+    ) -> bool:
         """Write a slot at its place and note its records; returns whether it was the last one missing.
 
         `block` is padded to the slot alignment; `records` hold offsets relative to the slot, made absolute here.
+        `twin` is as in `PayloadFile.write_block`.
         """
         if self._file is None:
             raise OutputError("payload is not open", path=self._partial)
-        self._file.write_block(offset, block)
+        self._file.write_block(offset, block, twin)
         records["stored_offset"] += np.uint64(offset)
         with self._placed:
             self.index[first_chunk : first_chunk + len(records)] = records

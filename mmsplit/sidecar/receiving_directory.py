@@ -75,18 +75,23 @@ def read_published_set(file: RemoteFile, root_digest: str | None = None) -> Publ
             path=file.location,
             hint="Publish the set again from where it was made.",
         )
-    for entry in manifest.files:
+    require_harmless(manifest.files, file.location)
+    # The digest that parsing compared; fields of a later minor addition are part of it.
+    return PublishedSet(data, manifest, str(load_json_object(data, file.location)["root_digest"]), file.location)
+
+
+def require_harmless(files: Sequence[FileEntry], location: str) -> None:
+    """Raise `IntegrityError` for a small file that would do harm in the directory of a set."""
+    for entry in files:
         if _RESERVED.match(entry.name) or entry.name.lower().endswith(PARTIAL_SUFFIX):
-            raise IntegrityError(f"a file of the model has a name of mmsplit's: {entry.name!r}", path=file.location)
+            raise IntegrityError(f"a file of the model has a name of mmsplit's: {entry.name!r}", path=location)
         if entry.size_bytes > MAX_SMALL_FILE_BYTES:
             raise IntegrityError(
                 f"{entry.name} is too large for a small file of a model",
-                path=file.location,
+                path=location,
                 expected=f"at most {MAX_SMALL_FILE_BYTES:,} bytes",
                 found=entry.size_bytes,
             )
-    # The digest that parsing compared; fields of a later minor addition are part of it.
-    return PublishedSet(data, manifest, str(load_json_object(data, file.location)["root_digest"]), file.location)
 
 
 class ReceivingDirectory:

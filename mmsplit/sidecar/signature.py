@@ -59,7 +59,7 @@ def make_signature(root: Path, private_key: Path, password: str | None, ignored:
             signer.sign(root, path)
         except Exception as error:
             raise FormatError(f"cannot be signed: {error}", path=root) from error
-        return path.read_bytes()
+        return read_regular(path)
 
 
 def signed_root_digest(root: Path, signature: Path, public_key: Path) -> str:

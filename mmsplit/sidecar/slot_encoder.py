@@ -11,7 +11,7 @@ import xxhash
 from mmsplit.checkpoint import Scratch, ShardReaders, aligned_buffer
 from mmsplit.codec import ChunkEncoder, CodecName
 from mmsplit.digests import chunk_digest
-from mmsplit.sidecar.chunk_copier import ChunkCopier
+from mmsplit.sidecar.chunk_copier import StoredChunks, raw_range
 from mmsplit.sidecar.chunk_index import ChunkIndex, empty_index
 from mmsplit.sidecar.layout import CHUNK_ALIGNMENT, CHUNK_BYTES, SLOT_ALIGNMENT, SLOT_BYTES, ChunkSpec, Slot, aligned
 
@@ -34,7 +34,7 @@ class SlotEncoder:
     """Encodes slots one after the other into a block of its own; one per thread.
 
     `permits` bounds how many encode at once; reading ahead of it and writing after it need no permit.  Chunks that
-    `copier` has are copied from it; without one, all are encoded.
+    `stored` has are copied from it; without it, all are encoded.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class SlotEncoder:
         readers: ShardReaders,
         codec: CodecName,
         permits: threading.Semaphore,
-        copier: ChunkCopier | None = None,
+        stored: StoredChunks | None = None,
     ) -> None:
         self._readers = readers
         self._permits = permits
-        self._copier = copier
+        self._stored = stored
         self._encoder = ChunkEncoder(codec, CHUNK_BYTES)
         self._block = memoryview(aligned_buffer(SLOT_BYTES))
         self._bytes = np.frombuffer(self._block, np.uint8)
@@ -73,19 +73,22 @@ class SlotEncoder:
         return EncodedSlot(self._block[:stop], position, records)
 
     def _copy_chunk(self, part_id: int, chunk: ChunkSpec, room: memoryview) -> _Content | None:
-        stored = None if self._copier is None else self._copier.take(part_id, chunk, self._scratch)
-        if stored is None:
+        if self._stored is None:
             return None
-        data, record = stored
-        room[: len(data)] = data
+        with self._stored.borrow(part_id, chunk, self._scratch) as stored:
+            if stored is None:
+                return None
+            data, record = stored
+            size = len(data)
+            room[:size] = data
         raw_xxh3, codec, layout = int(record["raw_xxh3"]), int(record["codec"]), int(record["layout"])
-        return len(data), int(record["stored_xxh3"]), raw_xxh3, codec, layout, record["stored_blake3"].tobytes()
+        return size, int(record["stored_xxh3"]), raw_xxh3, codec, layout, record["stored_blake3"].tobytes()
 
     def _encode_chunk(self, chunk: ChunkSpec, room: memoryview) -> _Content:
-        start = chunk.tensor.start_offset + chunk.start
+        shard, start, stop = raw_range(chunk)
         with (
-            self._readers.lend(chunk.tensor.shard) as reader,
-            reader.borrow(start, start + chunk.raw_bytes, self._scratch) as raw,
+            self._readers.lend(shard) as reader,
+            reader.borrow(start, stop, self._scratch) as raw,
             self._permits,
         ):
             raw_xxh3 = xxhash.xxh3_64_intdigest(raw)

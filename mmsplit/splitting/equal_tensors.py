@@ -49,7 +49,7 @@ def fold_equal_tensors(checkpoint: Checkpoint, io: IoMode, progress: ProgressCal
         notes += _notes(group, found, declares_tie(checkpoint.config))
     if not same_as:
         return checkpoint.folded(checkpoint.tensors, checkpoint.views, notes) if notes else checkpoint
-    return checkpoint.folded(*_folded(checkpoint, same_as), notes)
+    return fold(checkpoint, same_as, notes)
 
 
 def repeated_tensors(checkpoint: Checkpoint) -> dict[str, str]:
@@ -60,11 +60,6 @@ def repeated_tensors(checkpoint: Checkpoint) -> dict[str, str]:
         for place in tensor.also
         if place.name != tensor.name
     }
-
-
-def fold_as_recorded(checkpoint: Checkpoint, same_as: Mapping[str, str]) -> Checkpoint:
-    """Fold what an earlier run found to be equal; for a checkpoint whose bytes are not all there any more."""
-    return checkpoint.folded(*_folded(checkpoint, same_as), []) if same_as else checkpoint
 
 
 def _equal_to_first(
@@ -121,8 +116,11 @@ def _pieces(tensors: Iterable[TensorInfo]) -> Iterator[tuple[ShardRange, int]]:
             yield ShardRange(tensor.shard, start, stop), tensor.stop_offset
 
 
-def _folded(checkpoint: Checkpoint, same_as: Mapping[str, str]) -> tuple[dict[str, TensorInfo], dict[str, TensorView]]:
-    """Return the tensors that are left, and the views: those there were, now of what is left, and the new ones."""
+def fold(checkpoint: Checkpoint, same_as: Mapping[str, str], notes: Sequence[str]) -> Checkpoint:
+    """Return the checkpoint with each tensor of `same_as` as a view of the one that has the same bytes.
+
+    Views that there were are views of what is left.
+    """
     places: dict[str, list[SourcePlace]] = {}
     views = {name: view._replace(base=same_as.get(view.base, view.base)) for name, view in checkpoint.views.items()}
     for name, original in same_as.items():
@@ -136,7 +134,7 @@ def _folded(checkpoint: Checkpoint, same_as: Mapping[str, str]) -> tuple[dict[st
         for name, tensor in checkpoint.tensors.items()
         if name not in same_as
     }
-    return tensors, views
+    return checkpoint.folded(tensors, views, notes)
 
 
 def _notes(group: Sequence[Lookalike], same_as: Mapping[str, str], declared: bool | None) -> list[str]:

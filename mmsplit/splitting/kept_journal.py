@@ -20,7 +20,7 @@ from mmsplit.sidecar.manifest import manifest_name, parse_manifest
 from mmsplit.sidecar.output_directory import DELETED_KEY, KEPT_SOURCE_KEY, STATE_NAME, read_state_file
 from mmsplit.sidecar.output_files import output_errors
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, KeptBytes, kept_json, parse_kept, parse_set_manifest
-from mmsplit.splitting.equal_tensors import fold_as_recorded, repeated_tensors
+from mmsplit.splitting.equal_tensors import fold, repeated_tensors
 
 
 class Consumed(NamedTuple):
@@ -89,7 +89,7 @@ def open_what_is_left(
             hint="Bring it back, then run again with --resume.",
         )
     left = open_kept_checkpoint(path, record.source, allow_unknown_dtypes=allow_unknown_dtypes)
-    return fold_as_recorded(left, record.source.same_as)
+    return fold(left, record.source.same_as, ()) if record.source.same_as else left
 
 
 def require_not_consumed(output: Path) -> None:

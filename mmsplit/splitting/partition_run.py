@@ -63,9 +63,10 @@ class PartitionRun:
         self.writer.recover(trusted, on_slot)
         return sum(slot.raw_bytes for slot in islice(self.slots(), self.writer.recovered_slots))
 
-    def largest_bytes(self) -> int:
-        """Upper bound of the payload's size."""
-        return largest_payload_bytes(self.partition.total_bytes, self.chunk_count, self.slot_count)
+    def largest_bytes(self, data_bytes: int | None = None) -> int:
+        """Upper bound of the payload's size; `data_bytes` is what its chunks take, where that is known."""
+        raw_bytes = self.partition.total_bytes if data_bytes is None else data_bytes
+        return largest_payload_bytes(raw_bytes, self.chunk_count, self.slot_count)
 
     @property
     def journal_bytes(self) -> int:

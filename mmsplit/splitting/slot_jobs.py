@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from mmsplit.checkpoint import ShardRange, ShardReaders
 from mmsplit.codec import CodecName
-from mmsplit.sidecar.chunk_copier import ChunkCopier
+from mmsplit.sidecar.chunk_copier import StoredChunks
 from mmsplit.sidecar.layout import Slot
 from mmsplit.sidecar.slot_encoder import SlotEncoder
 from mmsplit.splitting.partition_run import PartitionRun
@@ -42,20 +42,22 @@ def iter_jobs(runs: Sequence[PartitionRun]) -> Iterator[SlotJob]:
                 yield SlotJob(run, slot)
 
 
-def ranges_of(job: SlotJob, copier: ChunkCopier) -> Iterator[ShardRange]:
+def ranges_of(job: SlotJob, stored: StoredChunks) -> Iterator[ShardRange]:
     """Yield the source ranges that a job borrows, in order; what it copies from an earlier partition needs none."""
     for chunk in job.slot.chunks:
-        if not copier.is_copied(job.part_id, chunk):
-            start = chunk.tensor.start_offset + chunk.start
-            yield ShardRange(chunk.tensor.shard, start, start + chunk.raw_bytes)
+        needed = stored.source_range(job.part_id, chunk)
+        if needed is not None:
+            yield needed
 
 
-def make_slot(job: SlotJob, encoder: SlotEncoder, counter: ProgressCounter) -> None:
+def make_slot(job: SlotJob, encoder: SlotEncoder, stored: StoredChunks, counter: ProgressCounter) -> None:
     """Encode a slot and write it to its place; whoever writes the last one completes the partition."""
     encoded = encoder.encode(job.part_id, job.slot)
     writer = job.run.writer
     offset = writer.place(job.slot.number, encoded.stored_bytes)
-    if writer.write(job.slot.number, job.slot.first_chunk, offset, encoded.block, encoded.records):
+    with stored.twin_of(job.part_id, job.slot, encoded.block) as twin:
+        is_last = writer.write(job.slot.number, job.slot.first_chunk, offset, encoded.block, encoded.records, twin)
+    if is_last:
         job.run.finish()
     counter.add(job.slot.raw_bytes)
 

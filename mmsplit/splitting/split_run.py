@@ -10,7 +10,8 @@ from what the finished partitions give back.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
 from typing import Final
 
 from mmsplit.checkpoint import Checkpoint, Shard, ShardHasher, ShardRange, ShardReaders, iter_with_read_ahead
@@ -18,11 +19,11 @@ from mmsplit.codec import ENCODER
 from mmsplit.errors import IntegrityError, OutputExistsError, SourceChangedError
 from mmsplit.planning import Plan
 from mmsplit.regular_files import read_regular
-from mmsplit.sidecar.chunk_copier import ChunkCopier
+from mmsplit.sidecar.chunk_copier import ChunkCopier, StoredChunks
 from mmsplit.sidecar.manifest import manifest_name
 from mmsplit.sidecar.manifest_builder import Origin
 from mmsplit.sidecar.output_directory import DELETED_KEY, KEPT_SOURCE_KEY, Existing, OutputDirectory, free_bytes
-from mmsplit.sidecar.partition_reader import open_partition_files
+from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files
 from mmsplit.sidecar.repeated_chunks import RepeatedChunks
 from mmsplit.sidecar.set_manifest import (
     SET_MANIFEST_NAME,
@@ -41,6 +42,7 @@ from mmsplit.splitting.consumption import PartitionBytes
 from mmsplit.splitting.partition_run import PartitionRun, entry_of
 from mmsplit.splitting.same_weights import require_same_codec, require_same_weights
 from mmsplit.splitting.slot_jobs import SlotJob, iter_jobs, make_slot, ranges_of, sample_ratio
+from mmsplit.splitting.source_set import SourceSet
 from mmsplit.splitting.split_result import SplitOptions, SplitResult
 from mmsplit.splitting.stored_shards import StoredShard, StoredShardHasher, find_stored_shards
 from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup
@@ -56,7 +58,11 @@ _STATE_BYTES_PER_SHARD: Final = 1024
 
 
 class SplitRun:
-    """Writes the partitions of a plan to a directory that is locked for it; `execute` is called once."""
+    """Writes the partitions of a plan to a directory that is locked for it; `execute` is called once.
+
+    `known` is what the set manifest will say of each shard; a SHA-256 that it lacks is computed if `options` say so.
+    With `source_set` the checkpoint is one that a partition set stands for, and its encoded chunks are taken.
+    """
 
     def __init__(
         self,
@@ -65,8 +71,9 @@ class SplitRun:
         origin: Origin,
         options: SplitOptions,
         out: OutputDirectory,
-        kept: dict[str, KeptBytes],
+        known: Mapping[str, ShardEntry],
         progress: ProgressCallback | None,
+        source_set: SourceSet | None = None,
         consumer: Consumer | None = None,
     ) -> None:
         self._consumer = consumer
@@ -75,15 +82,16 @@ class SplitRun:
         self._origin = origin
         self._options = options
         self._out = out
-        self._kept = kept
+        self._known = known
         self._progress = progress
+        self._source_set = source_set
         self._state_lock = threading.Lock()
         self._shard_sha256: dict[str, str] = {}
         self._distrusted: set[str] = set()
         self._files: dict[str, list[str]] = {}
         self._resumed_bytes = 0
         self._needed_bytes = 0
-        self._checks_what_is_stored = self._is_remote
+        self._checks_what_is_stored = self._is_remote and source_set is None
 
     def execute(self, existing: Existing) -> SplitResult:
         """Write what is missing.  Raises any branch of `MmsplitError`."""
@@ -167,15 +175,17 @@ class SplitRun:
         manifest = parse_set_manifest(read_regular(path), str(path))
         for entry in manifest.partitions:
             with open_partition_of_set(self._out.path, manifest, entry.part_id, "pread") as partition:
-                if not self._is_remote:  # a commit has no other weights
-                    require_same_weights(self._checkpoint, partition, self._gone)
-        if self._options.source_sha256 and any(shard.sha256 is None for shard in manifest.shards):
+                self._require_same_weights(partition)
+        if any(shard.sha256 is None and self._needs_sha256(shard.name) for shard in manifest.shards):
             raise OutputExistsError(
                 "output holds a finished partition set without the SHA-256 of its source",
                 path=self._out.path,
                 hint="Split without the SHA-256 of the source, too, or use --force to split again.",
             )
         return manifest
+
+    def _needs_sha256(self, shard: str) -> bool:
+        return self._options.source_sha256 or self._known[shard].sha256 is not None
 
     def _identity(self) -> dict[str, object]:
         return {
@@ -233,8 +243,11 @@ class SplitRun:
         for part_id in sorted(self._out.neighbours | adopted):
             with open_partition_files(self._out.path / manifest_name(part_id), "pread") as partition:
                 require_same_codec(partition, self._options.codec)
-                if not self._is_remote:
-                    require_same_weights(self._checkpoint, partition, self._gone)
+                self._require_same_weights(partition)
+
+    def _require_same_weights(self, partition: OpenPartition) -> None:
+        if not self._is_remote or self._source_set is not None:  # a commit has no other weights
+            require_same_weights(self._checkpoint, partition, self._gone)
 
     def _require_same_shards(self, state: object) -> None:
         """Raise unless each shard is the very file the earlier run read, or one that the Hub publishes as the same."""
@@ -281,7 +294,9 @@ class SplitRun:
         consumer = self._consumer
         if consumer is not None:
             checked_bytes = consumer.bytes_to_prove
-        counter = ProgressCounter("split", self._planned_bytes() + checked_bytes, self._progress)
+        counter = ProgressCounter(
+            "copy" if self._source_set else "split", self._planned_bytes() + checked_bytes, self._progress
+        )
         counter.add(self._resumed_bytes)
         unfinished = [run for run in runs if not run.writer.is_finished]
         if consumer is None:
@@ -313,14 +328,14 @@ class SplitRun:
 
         threads = self._options.threads
         permits = threading.Semaphore(threads)
-        copier = self._copier(runs)
+        stored = self._stored_chunks(runs, readers)
 
         def make_encoder() -> Callable[[SlotJob], None]:
-            encoder = SlotEncoder(readers, self._options.codec, permits, copier)
-            return lambda job: make_slot(job, encoder, counter)
+            encoder = SlotEncoder(readers, self._options.codec, permits, stored)
+            return lambda job: make_slot(job, encoder, stored, counter)
 
-        jobs = iter_with_read_ahead(iter_jobs(unfinished), readers, lambda job: self._count(job, copier))
-        with copier, WorkerGroup(cancel) as group:
+        jobs = iter_with_read_ahead(iter_jobs(unfinished), readers, lambda job: self._count(job, stored))
+        with closing(stored), WorkerGroup(cancel) as group:
 
             def make_hasher() -> Callable[[Shard], None]:
                 hasher = ShardHasher(self._checkpoint, readers, group.go_on)
@@ -336,12 +351,14 @@ class SplitRun:
             else:
                 group.start_many("hash", max(1, threads // 2), JobStream(iter(self._shards_to_hash(runs))), make_hasher)
 
-    def _count(self, job: SlotJob, copier: ChunkCopier) -> Sequence[ShardRange]:
-        ranges = tuple(ranges_of(job, copier))
+    def _count(self, job: SlotJob, stored: StoredChunks) -> Sequence[ShardRange]:
+        ranges = tuple(ranges_of(job, stored))
         self._needed_bytes += sum(stop - start for _, start, stop in ranges)
         return ranges
 
-    def _copier(self, runs: Sequence[PartitionRun]) -> ChunkCopier:
+    def _stored_chunks(self, runs: Sequence[PartitionRun], readers: ShardReaders) -> StoredChunks:
+        if self._source_set is not None:
+            return self._source_set.chunks(readers)
         writers = {run.partition.part_id: run.writer for run in runs}
         repeated = RepeatedChunks(run.partition for run in runs)
         return ChunkCopier(repeated, writers, direct=self._options.direct)
@@ -369,7 +386,7 @@ class SplitRun:
         return [item for item in stored if item.shard.name not in self._shard_sha256]
 
     def _kept_of(self, shard: str) -> bytes:
-        return self._kept[shard].data(shard)
+        return self._known[shard].kept.data(shard)
 
     def _check(
         self,
@@ -419,6 +436,10 @@ class SplitRun:
         small = sum(self._checkpoint.storage.file_bytes(name) or 0 for name in self._checkpoint.small_files)
         extra = small + sum(_manifest_bytes(run) for run in runs)
         missing = [run for run in runs if not run.writer.is_finished]
+        if self._source_set is not None:
+            needed = sum(run.largest_bytes(self._source_set.stored_bytes(run.slots())) for run in missing)
+            self._out.require_space(needed - sum(run.writer.data_stop for run in missing) + extra, "the partition set")
+            return
         worst = sum(run.largest_bytes() for run in missing)
         free = free_bytes(self._out.path) + self._out.reclaimable_bytes
         if self._consumer is not None:
@@ -473,14 +494,12 @@ class SplitRun:
         )
 
     def _shard_entry(self, shard: Shard) -> ShardEntry:
-        kept = self._kept[shard.name]
+        known = self._known[shard.name]
         computed = self._shard_sha256.get(shard.name)
-        if computed is not None:
-            return ShardEntry(shard.name, shard.size_bytes, computed, kept)
+        if known.sha256 is not None or computed is not None:
+            return known if computed is None else known._replace(sha256=computed, sha256_is_published=False)
         published = self._checkpoint.published_sha256(shard.name)
-        if published is None:
-            return ShardEntry(shard.name, shard.size_bytes, None, kept)
-        return ShardEntry(shard.name, shard.size_bytes, f"sha256:{published}", kept, sha256_is_published=True)
+        return known if published is None else known._replace(sha256=f"sha256:{published}", sha256_is_published=True)
 
 
 def _manifest_bytes(run: PartitionRun) -> int:

@@ -13,6 +13,8 @@ from mmsplit.digests import parse_root_digest
 from mmsplit.errors import FormatError, RequestError
 from mmsplit.remote.source import HubOptions
 from mmsplit.repairing.ledger import Ledger, Mended
+from mmsplit.repairing.parity_copy import ParityCopy
+from mmsplit.repairing.parity_upkeep import mend_parity
 from mmsplit.repairing.partition_repair import PartitionRepair, RepairOptions
 from mmsplit.repairing.set_files import FoundSet, find_set_manifest, repair_small_files, write_set_manifest
 from mmsplit.repairing.sources import RepairSource, SetCopy, open_repair_source
@@ -76,7 +78,8 @@ def repair(
 
     `source` is the checkpoint that was split (a path, a model of the Hub), or another copy of the set (a directory, or
     a place as `pull` takes it), or several of these, asked in order.  Without one, repair does what the set itself is
-    enough for: manifests, file headers, chunk indexes, trailers, padding.
+    enough for: manifests, file headers, chunk indexes, trailers, padding.  Parity files beside the payloads are used
+    before any source, and made again if they are damaged themselves, or of another payload.
 
     Of a damaged chunk just its own bytes are read from the source; they are compared with the record before they
     replace anything, and read back after.  A payload that is missing is made as a whole.  `only` restricts that to some
@@ -128,12 +131,17 @@ class _RepairRun:
         # Where a root is demanded and nothing ties the partitions to it, nothing says what they should be.
         part_ids = () if found is None and self._options.is_bound else self._part_ids(found, wanted)
         manifest = None if found is None else found.manifest
-        repair = PartitionRepair(
-            self._root, manifest, self._all_parts(found), self._sources, self._ledger, self._options
-        )
-        with closing(repair):
+        digests = {} if manifest is None else {entry.part_id: entry.manifest_sha256 for entry in manifest.partitions}
+        with closing(ParityCopy(self._root, digests)) as parity:
+            repair = PartitionRepair(
+                self._root, manifest, self._all_parts(found), self._sources, parity, self._ledger, self._options
+            )
+            with closing(repair):
+                for part_id in part_ids:
+                    repair.repair(part_id)
+        if not self._options.only_manifests:
             for part_id in part_ids:
-                repair.repair(part_id)
+                mend_parity(self._root, part_id, self._ledger, self._options)
         if found is not None and is_set:
             dry_run = self._options.dry_run
             if not self._options.only_manifests:

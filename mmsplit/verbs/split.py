@@ -10,6 +10,7 @@ from typing import Final, get_args
 
 from mmsplit.checkpoint import Checkpoint, IoMode
 from mmsplit.codec import CODEC_NAMES, CodecName
+from mmsplit.codec.erasure import require_erasure_library
 from mmsplit.errors import CheckpointError, RequestError
 from mmsplit.planning import (
     By,
@@ -25,7 +26,9 @@ from mmsplit.remote.source import HubOptions, hub_address_of, open_source
 from mmsplit.sidecar.consumed_directory import ConsumedDirectory
 from mmsplit.sidecar.manifest_builder import Origin
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory
-from mmsplit.sidecar.set_manifest import KeptBytes
+from mmsplit.sidecar.parity_layout import percent_hundredths
+from mmsplit.sidecar.parity_writer import ensure_parity
+from mmsplit.sidecar.set_manifest import KeptBytes, ShardEntry
 from mmsplit.splitting import Announce, Consumer, SplitOptions, SplitResult, SplitRun, fold_equal_tensors
 from mmsplit.splitting.kept_journal import open_what_is_left, read_consumed, require_not_consumed
 from mmsplit.workers import ProgressCallback, thread_count
@@ -54,6 +57,7 @@ def split(
     io: IoMode = "auto",
     direct: bool = True,
     source_sha256: bool = True,
+    parity: float | None = None,
     model_id: str | None = None,
     revision: str | None = None,
     hub: HubOptions | None = None,
@@ -77,6 +81,9 @@ def split(
     `source_sha256=False` saves computing the SHA-256 of the source shards, a third of the processor time: merge can
     then compare no digest but one that the Hub publishes, and where there is none it has the checksums of the chunks.
 
+    `parity` is a share in percent, 0.5 to 50: when the partitions are complete, each gets a parity file of that size
+    beside its payload, as the verb `parity` makes it, and `repair` then needs no source for small damage.
+
     `consume=True` deletes each shard of `source`, a directory of this machine, as soon as all of it is in finished
     partitions that were read back from the disk; `announce` is told before how much more disk that takes at most.
     Interrupted, source and output together hold everything, and `existing="resume"` goes on.
@@ -88,11 +95,14 @@ def split(
         raise RequestError(f"no such way with existing output: {existing!r}", hint=f"Possible are {_EXISTING}.")
     if codec not in CODEC_NAMES:
         raise RequestError(f"no such codec: {codec!r}", hint=f"Possible are {', '.join(CODEC_NAMES)}.")
+    if parity is not None:
+        percent_hundredths(parity)  # not after hours
+        require_erasure_library()
     hub = hub or HubOptions()
     with ExitStack() as stack:
         consumed, record, left = None, None, None
         if consume:
-            directory = _consumable_directory(source, hub, only, source_sha256)
+            directory = _consumable_directory(source, hub, only, source_sha256, parity)
             consumed = stack.enter_context(ConsumedDirectory(directory))
         if consume and existing != "force":
             record = read_consumed(Path(output))
@@ -134,7 +144,10 @@ def split(
             plan.digest,
             _source_digest(source, headers),
         )
-        kept = {name: KeptBytes.of(headers.pop(name)) for name in list(headers)}
+        known = {
+            shard.name: ShardEntry(shard.name, shard.size_bytes, None, KeptBytes.of(headers.pop(shard.name)))
+            for shard in source.shards
+        }
         place = source.storage.directory
         if place is not None and Path(output).resolve() == place.resolve():
             raise RequestError(
@@ -144,17 +157,30 @@ def split(
             )
         consumer = None
         if consumed is not None:
+            kept = {name: entry.kept for name, entry in known.items()}
             deletable = frozenset() if record is None else record.deleted
             consumer = Consumer(source, plan, consumed, Path(output), kept, deletable, announce)
             consumed.require_deletable(shard.name for shard in source.shards if shard.name not in consumer.gone)
         with OutputDirectory(Path(output)) as out:
-            return SplitRun(source, plan, origin, options, out, kept, progress, consumer).execute(existing)
+            result = SplitRun(source, plan, origin, options, out, known, progress, consumer=consumer).execute(existing)
+            if parity is not None:
+                for entry in result.partitions:
+                    ensure_parity(out.path / entry.manifest_file, parity, options.threads, progress)
+            return result
 
 
 def _consumable_directory(
-    source: str | Path | Checkpoint, hub: HubOptions, only: Collection[int] | None, source_sha256: bool
+    source: str | Path | Checkpoint,
+    hub: HubOptions,
+    only: Collection[int] | None,
+    source_sha256: bool,
+    parity: float | None,
 ) -> Path:
     """Return the directory whose shards are to be deleted.  Raises `RequestError` for what cannot be consumed."""
+    if parity is not None:
+        raise RequestError(
+            "parity is more than was foretold of the disk", hint="Add it when the split is finished: mmsplit parity."
+        )
     if only is not None:
         raise RequestError(
             "--only writes a part: no shard can be deleted for it", hint="Leave --only or --consume out."

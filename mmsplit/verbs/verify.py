@@ -25,9 +25,11 @@ from mmsplit.digests import parse_root_digest, sha256_of
 from mmsplit.errors import CheckpointError, FormatError, IntegrityError, RequestError
 from mmsplit.regular_files import is_regular, read_regular
 from mmsplit.remote.source import HubOptions, open_source
-from mmsplit.sidecar.chunk_check import check_chunks
+from mmsplit.sidecar.chunk_check import Wanted, check_chunks
 from mmsplit.sidecar.layout import CHUNK_BYTES
 from mmsplit.sidecar.output_directory import STATE_NAME
+from mmsplit.sidecar.parity_file import find_parity_faults
+from mmsplit.sidecar.parity_layout import parity_name
 from mmsplit.sidecar.partition_reader import Fault, OpenPartition, Report, read_partition_files
 from mmsplit.sidecar.scrub_run import Scrub, ScrubRun
 from mmsplit.sidecar.set_manifest import (
@@ -135,6 +137,7 @@ def verify(
         partition = _open(entry_path, entry, io, faults.add, is_bound=root_digest is not None)
         if partition is not None:
             with partition:
+                wanted: Wanted | None = None
                 if level != "quick":
                     wanted = None if part is None else part.wanted(number, partition)
                     pace = None if part is None else part.pace
@@ -144,6 +147,7 @@ def verify(
                     checked += slots
                     if part is None:  # header, index and copy were read at opening
                         counter.add(partition.reader.size_bytes - slots)
+                _verify_parity(partition, entry, level, wanted, part, faults.add)
                 if source is not None:
                     _verify_against(partition, source, workers, io, faults.add, counter)
     if manifest is not None and only is None:
@@ -275,6 +279,28 @@ def _open(
             what = f"payload has another size: expected {entry.payload_bytes:,} bytes, found {found:,}"
             report_here(Fault(str(payload), what, min(found, entry.payload_bytes), max(found, entry.payload_bytes)))
     return partition
+
+
+def _verify_parity(
+    partition: OpenPartition,
+    entry: PartitionEntry | None,
+    level: Level,
+    wanted: Wanted | None,
+    part: ScrubRun | None,
+    report: Report,
+) -> None:
+    """Check the parity file, if there is one.  A scrub reads its blocks in the part that has the last chunk."""
+    look = level != "quick" and (wanted is None or not len(wanted) or bool(wanted[-1]))
+    part_id = partition.manifest.part_id
+    found = find_parity_faults(
+        partition.path.with_name(parity_name(part_id)),
+        part_id,
+        _sha256_of(partition.path) if entry is None else entry.manifest_sha256,
+        look=look,
+        pace=None if part is None else part.pace,
+    )
+    for fault in found:
+        report(fault)
 
 
 def _sha256_of(path: Path) -> str | None:

@@ -31,7 +31,9 @@ from mmsplit.sidecar.output_directory import STATE_NAME
 from mmsplit.sidecar.payload_file import PayloadFile
 from mmsplit.verbs.download import download
 from mmsplit.verbs.merge import merge
+from mmsplit.verbs.parity import parity
 from mmsplit.verbs.pull import pull
+from mmsplit.verbs.repartition import repartition
 from mmsplit.verbs.split import split
 from mmsplit.verbs.verify import verify
 
@@ -118,6 +120,16 @@ def _given_unfinished(work: Work) -> None:
         pass
 
 
+def _given_output(work: Work) -> None:
+    """The output holds the set."""
+    _make_model(work.source)
+    split(work.source, work.out, 2, threads=1)
+
+
+def _parity(work: Work) -> object:
+    return parity(work.out, 10, threads=1)
+
+
 def _given_damaged(work: Work) -> None:
     """The output holds the published set, with a flipped bit in each payload."""
     _given_set(work)
@@ -177,6 +189,17 @@ def _split(existing: str, num_parts: int = 2, only: tuple[int, ...] | None = Non
         work.out,
         num_parts,
         only=only,
+        threads=1,
+        existing=existing,
+        direct=work.direct,  # type: ignore[arg-type]
+    )
+
+
+def _repartition(existing: str) -> Act:
+    return lambda work: repartition(
+        work.source,
+        work.out,
+        3,
         threads=1,
         existing=existing,
         direct=work.direct,  # type: ignore[arg-type]
@@ -245,6 +268,9 @@ SCENARIOS = (
         "split --only", _given_model, _split("refuse", 3, (1,)), _split("resume", 3, (1,)),
         _split("force", 3, (1,)), _judge_partition,
     ),
+    Scenario(
+        "repartition", _given_set, _repartition("refuse"), _repartition("resume"), _repartition("force"), _judge_set
+    ),
     Scenario("merge", _given_set, _merge(resume=False), _merge(resume=True), None, _judge_files),
     Scenario(
         "split --consume", _given_model_to_consume, _consume_split("refuse"), _consume_split("resume"),
@@ -256,6 +282,7 @@ SCENARIOS = (
     ),
     Scenario("pull", _given_set, _pull(force=False), _pull(force=False), _pull(force=True), _judge_set),
     Scenario("pull --force over damage", _given_damaged, _pull(force=True), _pull(force=True), None, _judge_set),
+    Scenario("parity", _given_output, _parity, _parity, None, _judge_files, writes_direct=False),
     Scenario(
         "download to the cache", lambda _: None, _download(into_cache=True), _download(into_cache=True), None,
         _judge_cache, writes_direct=False,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import sys
 import tempfile
 import time
@@ -127,6 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
     names = list(TARGETS) if options.target == "all" else [options.target]
     folder = options.findings or Path(tempfile.mkdtemp(prefix="mmsplit-findings-"))
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a finding may be about what is no text
     found = 0
     with without_waiting():
         for name in names:
@@ -138,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.flush()
             for finding in tally.findings:
                 sys.stdout.write(f"\n{name}, run {finding.number}, {save(finding, folder)}\n{finding.what}\n")
+            sys.stdout.flush()
             found += len(tally.findings)
             gc.collect()
     return 1 if found else 0

@@ -77,7 +77,7 @@ def _require_well_said(error: MmsplitError) -> None:
     message = str(error)
     require(error.path is not None, f"no path in: {message[:200]}")
     require(len(message) < 5000, f"a message of {len(message):,} characters: {message[:200]}")
-    message.encode("utf-8")  # whoever prints it must be able to
+    require(message.replace("\n", "").isprintable(), f"a message that is no text: {message[:200]!r}")
 
 
 @contextmanager

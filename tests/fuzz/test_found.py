@@ -15,6 +15,7 @@ from directories import sets
 from mutators import NAMES
 from sealing import Files, sealed, taken_apart, write_files
 
+from mmsplit.cli import run
 from mmsplit.errors import FormatError, IntegrityError, MmsplitError, OutputError, RequestError
 from mmsplit.sidecar.manifest import parse_manifest
 from mmsplit.sidecar.set_manifest import parse_set_manifest
@@ -111,6 +112,27 @@ def test_merging_holds_the_kept_bytes_of_one_shard_at_a_time(tmp_path: Path) -> 
     finally:
         tracemalloc.stop()
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 8
+
+
+@pytest.mark.parametrize("said", ["\ud800", "\x1b[2J", "\u202egnp.exe", "a\rb"])
+def test_a_message_can_be_printed_and_tells_no_terminal_what_to_do(said: str) -> None:
+    """The root digest that a set manifest states is repeated in the error, as many other words of strangers are."""
+    values = {**json.loads(sets()["plain"]["partition_set.json"]), "root_digest": said}
+    with pytest.raises(IntegrityError, match="root digest does not fit") as caught:
+        parse_set_manifest(json.dumps(values).encode(), "m")
+    assert str(caught.value).isprintable()
+    assert repr(said)[1:-1] in str(caught.value)
+
+
+def test_inspect_tells_no_terminal_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The name of a model is a stranger's word, too."""
+    parts = taken_apart(sets()["plain"])
+    values = {**json.loads(parts.set_manifest), "model_id": "\x1b[2Jmodel"}
+    write_files(tmp_path, sealed(parts._replace(set_manifest=json.dumps(values).encode())))
+    assert run(["inspect", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "\\x1b[2Jmodel" in printed
+    assert "\x1b" not in printed
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])

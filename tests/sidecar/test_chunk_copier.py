@@ -17,7 +17,7 @@ from mmsplit.checkpoint import Scratch, TensorInfo
 from mmsplit.digests import chunk_digest
 from mmsplit.errors import IntegrityError, OutputError
 from mmsplit.planning import PlannedLayer, PlannedPartition, iter_stored
-from mmsplit.sidecar.chunk_copier import ChunkCopier
+from mmsplit.sidecar.chunk_copier import ChunkCopier, raw_range
 from mmsplit.sidecar.chunk_index import empty_index
 from mmsplit.sidecar.framing import pack_header
 from mmsplit.sidecar.layout import ChunkSpec, iter_slots
@@ -75,7 +75,7 @@ def test_the_stored_bytes_and_their_record(writer: PayloadWriter, copier: ChunkC
     """A chunk anywhere in its slot comes back as it was stored."""
     _write(writer, tmp_path)
     for number, chunk in enumerate(_chunks()):
-        assert copier.is_copied(1, chunk)
+        assert copier.source_range(1, chunk) is None
         stored = copier.take(1, chunk, Scratch())
         assert stored is not None
         assert stored.data == _raw(number)
@@ -85,7 +85,7 @@ def test_the_stored_bytes_and_their_record(writer: PayloadWriter, copier: ChunkC
 def test_an_original_is_nobodys_copy(copier: ChunkCopier) -> None:
     """It is for the caller to encode; nothing is waited for."""
     for chunk in _chunks():
-        assert not copier.is_copied(0, chunk)
+        assert copier.source_range(0, chunk) == raw_range(chunk)
         assert copier.take(0, chunk, Scratch()) is None
 
 

@@ -76,20 +76,14 @@ def test_a_failed_opening_leaves_no_descriptor(made: Path) -> None:
 @pytest.mark.parametrize("name", ["partition_0.json", "partition_0.bin", SET_MANIFEST_NAME])
 def test_a_file_that_cannot_be_opened_is_our_error(made: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A refusal of the system does not come through as its own exception."""
-    real = {"os": os.open, "read_bytes": Path.read_bytes}
+    real = os.open
 
     def refuse_open(path: Any, *args: Any, **kwargs: Any) -> int:
         if Path(path).name == name:
             raise PermissionError(errno.EACCES, "Permission denied")
-        return real["os"](path, *args, **kwargs)
-
-    def refuse_read(path: Path) -> bytes:
-        if path.name == name:
-            raise PermissionError(errno.EACCES, "Permission denied")
-        return real["read_bytes"](path)
+        return real(path, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", refuse_open)
-    monkeypatch.setattr(Path, "read_bytes", refuse_read)
     with pytest.raises(MmsplitError, match="cannot be read: Permission denied"):
         open_partition_of_set(made, read_set_manifest(made), 0, "auto")
 

@@ -39,6 +39,7 @@ from mmsplit.verbs.load import open_partition, open_set
 from mmsplit.verbs.merge import merge
 from mmsplit.verbs.pull import pull
 from mmsplit.verbs.repair import RepairLevel, RepairResult, repair
+from mmsplit.verbs.repartition import repartition
 from mmsplit.verbs.split import split
 from mmsplit.verbs.verify import verify
 
@@ -266,6 +267,7 @@ def refusals(root: Path, digest: str | None, out: Path) -> list[str]:
         "open_set": lambda: read_all(open_set(root, root_digest=digest, threads=1)),
         "open_partition": lambda: read_all(open_partition(root / "partition_0.bin", root_digest=digest, threads=1)),
         "merge": lambda: merge(root, out / "merged", root_digest=digest, threads=1),
+        "repartition": lambda: repartition(root, out / "again", 1, root_digest=digest, threads=1),
         "pull": lambda: pull(root, out / "pulled", root_digest=digest, threads=1),
         "repair": lambda: require_nothing_to_do(repair(root, dry_run=True, root_digest=digest, threads=1)),
     }
@@ -276,12 +278,12 @@ def refusals(root: Path, digest: str | None, out: Path) -> list[str]:
         except (IntegrityError, FormatError, CheckpointError, RemoteNotFoundError):
             refused.append(name)
         finally:
-            for made in ("merged", "pulled"):
+            for made in ("merged", "pulled", "again"):
                 shutil.rmtree(out / made, ignore_errors=True)
     return refused
 
 
-EVERYTHING = ["verify", "verify one", "open_set", "open_partition", "merge", "pull", "repair"]
+EVERYTHING = ["verify", "verify one", "open_set", "open_partition", "merge", "repartition", "pull", "repair"]
 
 
 def test_the_genuine_set_is_accepted(genuine: Path, root_digest: str, tmp_path: Path) -> None:
@@ -318,7 +320,7 @@ def test_whoever_keeps_the_genuine_set_manifest_is_found_out_below_it(
     changed |= set(tree(genuine)) - set(tree(victim))
     if "partition_0.bin" not in changed and "partition_0.json" not in changed:
         assert changed <= {"config.json"}
-        expected = ["verify", "merge", "pull", "repair"] if changed else []
+        expected = ["verify", "merge", "repartition", "pull", "repair"] if changed else []
     else:
         expected = EVERYTHING
     assert refusals(victim, root_digest, tmp_path) == expected

@@ -309,6 +309,48 @@ def test_a_scrub_of_slices_is_the_whole(parts: Path) -> None:
     assert [(problem.partition, problem.tensor) for problem in found] == [(3, PACKED)]
 
 
+# --------------------------------------------------------------------------------------------- one cut into another
+
+CUTS = [{"num_parts": 1}, {"num_parts": 3}, {"split_by": "type"}, {"split_by": "expert", "num_parts": 4}]
+
+
+@pytest.mark.parametrize("before", CUTS, ids=str)
+@pytest.mark.parametrize("after", [*CUTS, {"split_by": "expert", "num_parts": 3}], ids=str)
+def test_any_cut_becomes_any_other(source: Path, tmp_path: Path, before: dict, after: dict) -> None:
+    """As a fresh split would have it; slices that begin within a chunk are encoded again, all else is copied."""
+    mmsplit.split(source, tmp_path / "set", **before)
+    mmsplit.split(source, tmp_path / "fresh", **after)
+    result = mmsplit.repartition(tmp_path / "set", tmp_path / "again", **after)
+    assert tree(tmp_path / "again") == tree(tmp_path / "fresh")
+    packed = mmsplit.open_checkpoint(source).tensors[PACKED].size_bytes
+    same = before == after or "expert" not in (before.get("split_by"), after.get("split_by"))
+    assert (result.encoded_bytes == 0) is same
+    assert result.encoded_bytes < 1.1 * packed
+
+
+@given(
+    kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4),
+    before=st.sampled_from(CUTS),
+    after=st.sampled_from(CUTS),
+    codec=st.sampled_from(["planes", "zstd"]),
+    tied=st.sampled_from(["duplicate", "reference", "colocate"]),
+)
+@settings(max_examples=40, deadline=None, database=None)
+def test_small_cuts_become_others(kinds, before, after, codec, tied) -> None:
+    """Of every way to keep experts."""
+    weights = moe_weights(kinds)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        source = write_checkpoint(root / "model", [weights[::2], weights[1::2]], files={"config.json": CONFIG})
+        try:
+            mmsplit.split(source, root / "set", tied=tied, codec=codec, **before)
+            mmsplit.split(source, root / "fresh", tied=tied, codec=codec, **after)
+        except PlanError:
+            return
+        mmsplit.repartition(root / "set", root / "again", **after)
+        assert tree(root / "again") == tree(root / "fresh")
+
+
 # ------------------------------------------------------------------------------------------- places beside its own
 
 
@@ -332,8 +374,10 @@ def test_a_slice_is_put_into_every_place_of_its_tensor(tmp_path: Path) -> None:
     del checkpoint.tensors[second.name]
     result = mmsplit.split(checkpoint, tmp_path / "set", 4, split_by="expert")
     assert sum(part.total_bytes for part in result.plan.partitions) == 40 * 8 * 2 + len(raw)
-    mmsplit.merge(tmp_path / "set", tmp_path / "back")
-    assert tree(tmp_path / "back") == tree(source)
+    mmsplit.repartition(tmp_path / "set", tmp_path / "again", 1)
+    for place in ("set", "again"):
+        mmsplit.merge(tmp_path / place, tmp_path / f"back of {place}")
+        assert tree(tmp_path / f"back of {place}") == tree(source)
     assert mmsplit.verify(tmp_path / "set", level="full", against=source).ok
     flip(tmp_path / "set" / "partition_3.bin", chunk_offset(tmp_path / "set", 3, first.name))
     assert mmsplit.repair(tmp_path / "set", source=checkpoint).ok

@@ -2,69 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from checkpoints import CAUSAL_CONFIG, MIB, Weight, llama_weights, tree, write_checkpoint
+from arbitrary_checkpoints import cases
+from checkpoints import MIB, Weight, llama_weights, tree, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmsplit.dtypes import DTYPES
 from mmsplit.errors import PlanError
 from mmsplit.sidecar.output_directory import Existing
 from mmsplit.verbs.merge import merge
 from mmsplit.verbs.split import split
 from mmsplit.verbs.verify import verify
 
-_STEMS = ["model.embed_tokens", "model.norm", "lm_head", "odd", *(f"model.layers.{k}.mlp.up_proj" for k in range(4))]
-_LARGE = 4 * MIB + 70_001  # just over one chunk
-
-
-class _Case(NamedTuple):
-    shards: list[list[Weight]]
-    index: bool
-    metadata: dict[str, str] | None
-    files: dict[str, bytes]
-    pad: int
-
-
-def _shapes(dtype: str) -> st.SearchStrategy[tuple[int, ...]]:
-    def whole_bytes(shape: tuple[int, ...]) -> bool:
-        return math.prod(shape) * DTYPES[dtype].bits % 8 == 0
-
-    return st.lists(st.integers(0, 40), max_size=4).map(tuple).filter(whole_bytes)
-
-
-_weights = st.sampled_from(sorted(DTYPES)).flatmap(
-    lambda dtype: st.builds(Weight, st.just(""), st.just(dtype), _shapes(dtype), st.sampled_from([0, 20, 100, 256]))
-)
-
-
-@st.composite
-def _cases(draw: st.DrawFn) -> _Case:
-    names = draw(st.lists(st.sampled_from(_STEMS), min_size=1, max_size=8, unique=True))
-    weights = [draw(_weights)._replace(name=f"{name}.weight") for name in names]
-    if draw(st.integers(0, 7)) == 0:
-        weights[0] = Weight(weights[0].name, "U8", (_LARGE,), 10)
-    count = draw(st.integers(1, min(4, len(weights))))
-    return _Case(
-        shards=[weights[k::count] for k in range(count)],
-        index=draw(st.booleans()),
-        metadata=draw(st.none() | st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=2)),
-        files=draw(
-            st.sampled_from(
-                [{}, {"config.json": CAUSAL_CONFIG}, {"config.json": b"?", "deep/er/vocab.txt": b"\0" * 99}]
-            )
-        ),
-        pad=draw(st.integers(0, 9)),
-    )
-
 
 @given(
-    case=_cases(),
+    case=cases(),
     num_parts=st.integers(1, 4),
     codec=st.sampled_from(["planes", "zstd", "raw"]),
     threads=st.sampled_from([1, 2, 5]),
@@ -77,9 +32,7 @@ def test_merge_after_split_gives_the_same_bytes(case, num_parts, codec, threads,
     """Every file of the checkpoint comes back byte for byte, and the set in between verifies at every level."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        source = write_checkpoint(
-            root / "model", case.shards, index=case.index, metadata=case.metadata, files=case.files, pad=case.pad
-        )
+        source = case.write(root / "model")
         options = {"tied": tied, "codec": codec, "threads": threads, "io": io, "direct": direct}
         try:
             split(source, root / "set", num_parts, **options)
