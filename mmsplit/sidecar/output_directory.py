@@ -37,7 +37,8 @@ KEPT_SOURCE_KEY: Final = "kept_source"
 DELETED_KEY: Final = "deleted_shards"
 LOCK_NAME: Final = ".mmsplit.lock"
 _OURS: Final = re.compile(
-    r"^(partition_\d+\.(json|bin|parity)(\.partial|\.journal)?|(partition_set|unfinished_(split|merge))\.json(\.partial)?)$",
+    r"^(partition_\d+\.(json|bin|parity)(\.partial|\.journal)?"
+    r"|(partition_set|unfinished_split|unfinished_merge)\.json(\.partial)?)$",
     re.ASCII,
 )
 _PARTITION: Final = re.compile(r"^partition_(\d+)\.", re.ASCII)

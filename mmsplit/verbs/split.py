@@ -159,6 +159,7 @@ def split(
         if consumed is not None:
             kept = {name: entry.kept for name, entry in known.items()}
             deletable = frozenset() if record is None else record.deleted
+            kept = {name: entry.kept for name, entry in known.items()}
             consumer = Consumer(source, plan, consumed, Path(output), kept, deletable, announce)
             consumed.require_deletable(shard.name for shard in source.shards if shard.name not in consumer.gone)
         with OutputDirectory(Path(output)) as out:

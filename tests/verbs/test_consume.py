@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -228,7 +229,7 @@ def test_what_the_disk_does_not_give_back_is_not_deleted(
 
             patch.setattr(consumer_module, "settle", settle)
         else:
-            patch.setattr(SlotEncoder, "encode", _encode_with_a_lost_bit)
+            _lose_a_bit(patch)
         with pytest.raises(IntegrityError):
             split(model, out, 3, threads=1, consume=True)
     assert tree(model) == before
@@ -237,24 +238,30 @@ def test_what_the_disk_does_not_give_back_is_not_deleted(
         assert tree(out) == tree(tmp_path / "plain")
 
 
-_encode = SlotEncoder.encode
-
-
-def _encode_with_a_lost_bit(self: SlotEncoder, part_id: int, slot: Slot) -> EncodedSlot:
-    """Memory flips a bit of the source before anything has a checksum."""
+def _lose_a_bit(patch: pytest.MonkeyPatch) -> None:
+    """Memory flips a bit of the source before anything has a checksum, for whoever encodes for partition 0."""
+    encode, borrow = SlotEncoder.encode, FileReader.borrow
+    encoding = threading.local()
 
     @contextmanager
     def flipped(self: FileReader, start: int, stop: int, *rest: object) -> Iterator[memoryview]:
         with borrow(self, start, stop, *rest) as view:  # type: ignore[arg-type]
+            if not getattr(encoding, "is_hurt", False):
+                yield view
+                return
             data = bytearray(view)
             data[0] ^= 1
             yield memoryview(data).toreadonly()
 
-    borrow = FileReader.borrow
-    with pytest.MonkeyPatch.context() as patch:
-        if part_id == 0:
-            patch.setattr(FileReader, "borrow", flipped)
-        return _encode(self, part_id, slot)
+    def encode_hurt(self: SlotEncoder, part_id: int, slot: Slot) -> EncodedSlot:
+        encoding.is_hurt = part_id == 0
+        try:
+            return encode(self, part_id, slot)
+        finally:
+            encoding.is_hurt = False
+
+    patch.setattr(FileReader, "borrow", flipped)
+    patch.setattr(SlotEncoder, "encode", encode_hurt)
 
 
 def test_a_shard_that_changes_on_the_way_is_not_deleted(
