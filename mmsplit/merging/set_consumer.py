@@ -19,6 +19,7 @@ from mmsplit.sidecar.disk_forecast import DiskForecast, DiskStep, forecast
 from mmsplit.sidecar.manifest import parse_manifest
 from mmsplit.sidecar.output_directory import UNFINISHED_MERGE_NAME
 from mmsplit.sidecar.output_files import output_errors, write_whole_file
+from mmsplit.sidecar.parity_layout import parity_name
 from mmsplit.sidecar.partition_check import find_partition_fault
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, PartitionEntry, SetManifest, ShardEntry
 from mmsplit.workers import JobStream, WorkerGroup
@@ -141,6 +142,8 @@ class SetConsumer:
         if names and not mark.exists():
             state = {"format": _FORMAT, "output": str(self._out.absolute())}
             write_whole_file(mark, (json.dumps(state, indent=1) + "\n").encode())
+        parity = (parity_name(part_id) for part_id in sorted(part_ids))
+        names += [name for name in parity if (self._directory.path / name).exists()]
         self._directory.require_deletable(names)
         self._directory.delete(names)
         self.deleted_now += tuple(names)
