@@ -131,6 +131,7 @@ HOUSE = {
         "output_directory",
         "parity_writer",
         "set_reader",
+        "single_partitions",
         "signature",
         "payload_pieces",
         "partition_check",
