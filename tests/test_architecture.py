@@ -164,6 +164,7 @@ HOUSE = {
         "equal_tensors",
         "source_set",
         "split_result",
+        "parity_of_split",
         "partition_run",
         "slot_jobs",
         "stored_shards",

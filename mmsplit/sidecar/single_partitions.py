@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -9,7 +10,7 @@ from typing import Final, NamedTuple
 from mmsplit.errors import MmsplitError
 from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.manifest import Manifest, manifest_name, parse_manifest
-from mmsplit.sidecar.output_files import PARTIAL_SUFFIX
+from mmsplit.sidecar.output_files import PARTIAL_SUFFIX, output_errors
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME
 
 _PARTITION: Final = re.compile(r"^partition_(\d+)\.(json|bin)$", re.ASCII)
@@ -30,7 +31,9 @@ def find_single_partitions(root: Path) -> SinglePartitions | str:
     missing = "set manifest is missing"
     if (root / f"{SET_MANIFEST_NAME}{PARTIAL_SUFFIX}").exists():
         return f"{missing}: a pull into this directory is not finished"
-    part_ids = {int(match[1]) for match in map(_PARTITION.match, (path.name for path in root.iterdir())) if match}
+    with output_errors(root):
+        names = os.listdir(root)
+    part_ids = {int(match[1]) for match in map(_PARTITION.match, names) if match}
     found = (_read(root / manifest_name(part_id)) for part_id in part_ids)
     manifests = [manifest for manifest in found if manifest is not None]
     if not manifests:

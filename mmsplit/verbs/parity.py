@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import NamedTuple
 from mmsplit.codec.erasure import require_erasure_library
 from mmsplit.errors import FormatError, RequestError
 from mmsplit.sidecar.output_directory import OutputDirectory
+from mmsplit.sidecar.output_files import output_errors
 from mmsplit.sidecar.parity_layout import parity_name, percent_hundredths
 from mmsplit.sidecar.parity_writer import ensure_parity
 from mmsplit.sidecar.set_reader import resolve_set_path
@@ -93,7 +95,8 @@ def parity(
 
 
 def _part_ids(root: Path, one: Path | None, only: Sequence[int] | None) -> tuple[int, ...]:
-    names = [path.name for path in root.iterdir()] if one is None else [one.name]
+    with output_errors(root):
+        names = os.listdir(root) if one is None else [one.name]
     there = sorted(int(match[1]) for match in map(_MANIFEST.match, names) if match)
     if not there:
         raise FormatError("no partition here", path=root if one is None else one)

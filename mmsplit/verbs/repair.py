@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -19,6 +20,7 @@ from mmsplit.repairing.partition_repair import PartitionRepair, RepairOptions
 from mmsplit.repairing.set_files import FoundSet, find_set_manifest, repair_small_files, write_set_manifest
 from mmsplit.repairing.sources import RepairSource, SetCopy, open_repair_source
 from mmsplit.sidecar.output_directory import OutputDirectory
+from mmsplit.sidecar.output_files import output_errors
 from mmsplit.sidecar.partition_reader import Fault
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME
 from mmsplit.sidecar.set_reader import resolve_set_path
@@ -206,7 +208,8 @@ def _wanted_parts(one: Path | None, only: Sequence[int] | None) -> tuple[int, ..
 
 
 def _part_ids_in(root: Path) -> tuple[int, ...]:
-    matches = (_PARTITION.match(path.name) for path in root.iterdir())
+    with output_errors(root):
+        matches = [_PARTITION.match(name) for name in os.listdir(root)]
     return tuple(sorted({int(match[1]) for match in matches if match}))
 
 
