@@ -112,6 +112,7 @@ HOUSE = {
         "payload_tail",
         "set_manifest",
         "output_files",
+        "part_ids",
         "partition_reader",
         "pace",
         "parity_layout",

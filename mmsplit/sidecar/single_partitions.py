@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from mmsplit.errors import MmsplitError
 from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.manifest import Manifest, manifest_name, parse_manifest
-from mmsplit.sidecar.output_files import PARTIAL_SUFFIX, output_errors
+from mmsplit.sidecar.output_files import PARTIAL_SUFFIX
+from mmsplit.sidecar.part_ids import part_ids_in
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME
-
-_PARTITION: Final = re.compile(r"^partition_(\d+)\.(json|bin)$", re.ASCII)
 
 
 class SinglePartitions(NamedTuple):
@@ -31,18 +28,16 @@ def find_single_partitions(root: Path) -> SinglePartitions | str:
     missing = "set manifest is missing"
     if (root / f"{SET_MANIFEST_NAME}{PARTIAL_SUFFIX}").exists():
         return f"{missing}: a pull into this directory is not finished"
-    with output_errors(root):
-        names = os.listdir(root)
-    part_ids = {int(match[1]) for match in map(_PARTITION.match, names) if match}
+    part_ids = part_ids_in(root)
     found = (_read(root / manifest_name(part_id)) for part_id in part_ids)
     manifests = [manifest for manifest in found if manifest is not None]
     if not manifests:
         return missing
     if len({(each.num_parts, each.plan_digest, each.source_digest) for each in manifests}) > 1:
         return f"{missing}, and the partitions here are of different splits"
-    if part_ids >= set(range(manifests[0].num_parts)):
+    if set(part_ids) >= set(range(manifests[0].num_parts)):
         return missing
-    return SinglePartitions(tuple(sorted(part_ids)), manifests[0].num_parts)
+    return SinglePartitions(part_ids, manifests[0].num_parts)
 
 
 def _read(path: Path) -> Manifest | None:

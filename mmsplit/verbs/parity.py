@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import NamedTuple
 from mmsplit.codec.erasure import require_erasure_library
 from mmsplit.errors import FormatError, RequestError
 from mmsplit.sidecar.output_directory import OutputDirectory
-from mmsplit.sidecar.output_files import output_errors
 from mmsplit.sidecar.parity_layout import parity_name, percent_hundredths
 from mmsplit.sidecar.parity_writer import ensure_parity
+from mmsplit.sidecar.part_ids import part_ids_in
 from mmsplit.sidecar.set_reader import resolve_set_path
 from mmsplit.workers import ProgressCallback, thread_count
 
@@ -95,9 +94,8 @@ def parity(
 
 
 def _part_ids(root: Path, one: Path | None, only: Sequence[int] | None) -> tuple[int, ...]:
-    with output_errors(root):
-        names = os.listdir(root) if one is None else [one.name]
-    there = sorted(int(match[1]) for match in map(_MANIFEST.match, names) if match)
+    match = None if one is None else _MANIFEST.match(one.name)
+    there = part_ids_in(root, [".json"]) if one is None else (int(match[1]),) if match else ()
     if not there:
         raise FormatError("no partition here", path=root if one is None else one)
     missing = sorted(set(only or ()) - set(there))
@@ -105,4 +103,4 @@ def _part_ids(root: Path, one: Path | None, only: Sequence[int] | None) -> tuple
         raise RequestError(
             f"no partition {missing[0]!r} here", path=root, hint=f"Here are {', '.join(map(str, there))}."
         )
-    return tuple(there) if only is None else tuple(sorted(set(only)))
+    return there if only is None else tuple(sorted(set(only)))

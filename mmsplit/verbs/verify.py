@@ -27,9 +27,11 @@ from mmsplit.regular_files import is_regular, read_regular
 from mmsplit.remote.source import HubOptions, open_source
 from mmsplit.sidecar.chunk_check import Wanted, check_chunks
 from mmsplit.sidecar.layout import CHUNK_BYTES
+from mmsplit.sidecar.manifest import manifest_name
 from mmsplit.sidecar.output_directory import STATE_NAME
 from mmsplit.sidecar.parity_file import find_parity_faults
 from mmsplit.sidecar.parity_layout import parity_name
+from mmsplit.sidecar.part_ids import part_ids_in
 from mmsplit.sidecar.partition_reader import Fault, OpenPartition, Report, read_partition_files
 from mmsplit.sidecar.scrub_run import Scrub, ScrubRun
 from mmsplit.sidecar.set_manifest import (
@@ -231,7 +233,7 @@ def _set_manifest(root: Path, report: Report) -> SetManifest | None:
         return None
     except FormatError:
         # Without a set manifest its partitions may still be worth a look; without those there is nothing.
-        if (root / SET_MANIFEST_NAME).exists() or (root / STATE_NAME).exists() or not _manifests_in(root):
+        if (root / SET_MANIFEST_NAME).exists() or (root / STATE_NAME).exists() or not part_ids_in(root):
             raise
         return None
     return manifest
@@ -252,22 +254,13 @@ def _require_as_written(root: Path, report: Report) -> None:
         report(Fault(str(root / SET_MANIFEST_NAME), what))
 
 
-def _manifests_in(root: Path) -> list[Path]:
-    stems = {
-        path.stem
-        for path in root.glob("partition_*")
-        if path.suffix in (".json", ".bin") and path.stem.removeprefix("partition_").isdecimal()
-    }
-    return sorted((root / f"{stem}.json" for stem in stems), key=lambda path: (len(path.name), path.name))
-
-
 def _partition_manifests(
     root: Path, only: Path | None, manifest: SetManifest | None
 ) -> list[tuple[Path, PartitionEntry | None]]:
     if only is not None:
         return [(only, None if manifest is None else entry_of_file(manifest, only))]
     if manifest is None:
-        return [(path, None) for path in _manifests_in(root)]
+        return [(root / manifest_name(part_id), None) for part_id in part_ids_in(root)]
     return [(root / entry.manifest_file, entry) for entry in manifest.partitions]
 
 
