@@ -26,6 +26,8 @@ from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, PartitionEntry, SetM
 from mmsplit.workers import JobStream, WorkerGroup
 
 _FORMAT = "mmsplit-unfinished-merge"
+#: No path that a system takes is longer.
+_LONGEST_PATH = 4096
 #: What a file takes beyond its length.
 _SLACK_BYTES = 8 << 10
 
@@ -203,7 +205,9 @@ def require_merged(root: Path, manifest: SetManifest, gone: Collection[int], kep
 
 def _where_it_went(root: Path) -> str:
     try:
-        output = json.loads(read_regular(root / UNFINISHED_MERGE_NAME))["output"]
-    except (OSError, ValueError, KeyError, TypeError):
+        output = json.loads(read_regular(root / UNFINISHED_MERGE_NAME).decode())["output"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "."
+    if not isinstance(output, str) or len(output) > _LONGEST_PATH:
         return "."
     return f", or give the output to which it was merged: {output}."

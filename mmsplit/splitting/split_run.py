@@ -16,6 +16,7 @@ from typing import Final
 
 from mmsplit.checkpoint import Checkpoint, Shard, ShardHasher, ShardRange, ShardReaders, iter_with_read_ahead
 from mmsplit.codec import ENCODER
+from mmsplit.digests import is_sha256
 from mmsplit.errors import IntegrityError, OutputExistsError, SourceChangedError
 from mmsplit.planning import Plan
 from mmsplit.regular_files import read_regular
@@ -234,8 +235,13 @@ class SplitRun:
             # Bytes of an earlier run may have come over the network, although the cache has the shards by now.
             self._checks_what_is_stored |= state.get("checks_what_is_stored") is True
         digests, distrusted = state.get("shard_sha256"), state.get("distrusted")
-        self._shard_sha256 = dict(digests) if isinstance(digests, dict) else {}
-        self._distrusted = set(distrusted) if isinstance(distrusted, list) else set()
+        digests = digests.items() if isinstance(digests, dict) else ()
+        self._shard_sha256 = {name: digest for name, digest in digests if isinstance(digest, str) and is_sha256(digest)}
+        if self._consumer is not None:
+            # A shard that is there is deleted for what it is, not for what a state says that it was.
+            self._shard_sha256 = {name: digest for name, digest in self._shard_sha256.items() if name in self._gone}
+        distrusted = distrusted if isinstance(distrusted, list) else ()
+        self._distrusted = {name for name in distrusted if isinstance(name, str)}
         counter = ProgressCounter("re-hash", self._planned_bytes(), self._progress)
         for run in runs:
             is_only_copy = self._consumer is not None and self._consumer.is_only_copy(run.partition.part_id)
