@@ -52,7 +52,9 @@ def open_kept_checkpoint(path: Path, kept: KeptSource, *, allow_unknown_dtypes: 
     gone = {shard.name: shard for shard in kept.shards if not (directory / shard.name).exists()}
     storage = KeptStorage(directory, gone)
     index_name, index = kept.weights_index or (None, b"")
-    small = tuple(name for name in kept.small_files if storage.file_bytes(name) is not None)
+    # What is recorded may be somebody's lie: only what is found there, below the directory, is carried along.
+    found = {name for name, size in storage.walk(True, []) if size is not None}
+    small = tuple(name for name in kept.small_files if name in found)
     names = tuple(shard.name for shard in kept.shards)
     files = CheckpointFiles(storage, names, index_name, index, None, small, ())
     return read_checkpoint(files, allow_unknown_dtypes=allow_unknown_dtypes)

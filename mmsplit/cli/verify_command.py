@@ -14,6 +14,7 @@ from mmsplit.cli.render import clean, echo, echo_json, fault_line, size
 from mmsplit.cli.scrub_options import scrub_of, scrub_options
 from mmsplit.cli.source_options import SOURCE, hub_of, hub_options
 from mmsplit.errors import IntegrityError
+from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME
 from mmsplit.verbs.verify import Level, verify
 
 
@@ -71,6 +72,13 @@ def verify_command(
             threads=threads,
             io=io,
             progress=progress,
+        )
+    if result.single is not None:
+        ids, num_parts = ", ".join(map(str, result.single.part_ids)), result.single.num_parts
+        plural = "s" if len(result.single.part_ids) > 1 else ""
+        click.echo(
+            f"note: {SET_MANIFEST_NAME} is not here: partition{plural} {ids} of {num_parts} verified, each by itself",
+            err=True,
         )
     if as_json:
         echo_json(result.as_json())

@@ -8,7 +8,8 @@ SHA-256.  The manifests go last, the set manifest last of all.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, PartitionEntry, SetM
 from mmsplit.workers import JobStream, WorkerGroup
 
 _FORMAT = "mmsplit-unfinished-merge"
+#: No path that a system takes is longer.
+_LONGEST_PATH = 4096
 #: What a file takes beyond its length.
 _SLACK_BYTES = 8 << 10
 
@@ -59,7 +62,7 @@ class SetConsumer:
                     path=self._directory.path,
                     hint="Leave --consume out.",
                 )
-        names = [entry.payload_file for entry in self._here()] + [SET_MANIFEST_NAME]
+        names = [name for entry in self._here() for name in self._names_of(entry)] + [SET_MANIFEST_NAME]
         manifests = (entry.manifest_file for entry in self._manifest.partitions)
         names += [name for name in manifests if (self._directory.path / name).exists()]
         self._directory.require_deletable(names)
@@ -87,7 +90,7 @@ class SetConsumer:
         steps = []
         for batch in batches:
             written = sum(shard.size_bytes - there_bytes.get(shard.name, 0) + _SLACK_BYTES for shard in batch.shards)
-            names = tuple(self._manifest.partitions[part_id].payload_file for part_id in batch.part_ids)
+            names = tuple(self._files_of(batch.part_ids))
             freed = sum(self._directory.freed_bytes(name, self._out) for name in names)
             steps.append(DiskStep(tuple(shard.name for shard in batch.shards), written, written, names, freed))
         return forecast(steps, base_bytes + 2 * _SLACK_BYTES, free_bytes)
@@ -137,7 +140,7 @@ class SetConsumer:
 
     def delete_payloads(self, part_ids: Collection[int]) -> None:
         """Delete what `prove` has proven; the files must be closed."""
-        names = [self._manifest.partitions[part_id].payload_file for part_id in sorted(part_ids)]
+        names = self._files_of(sorted(part_ids))
         mark = self._directory.path / UNFINISHED_MERGE_NAME
         if names and not mark.exists():
             state = {"format": _FORMAT, "output": str(self._out.absolute())}
@@ -152,11 +155,23 @@ class SetConsumer:
         """Delete the manifests, when all is merged; `beside` are the other files that were written to the output."""
         settle(beside)
         manifests = [entry.manifest_file for entry in self._manifest.partitions]
-        self._directory.delete(manifests)
+        parity = [name for entry in self._manifest.partitions for name in self._parity_of(entry)]
+        self._directory.delete(manifests + parity)
         # The set manifest last: with it, whoever was interrupted can still tell that all is there.
         self._directory.delete([UNFINISHED_MERGE_NAME])
         self._directory.delete([SET_MANIFEST_NAME])
         self.deleted_now += (*manifests, SET_MANIFEST_NAME)
+
+    def _files_of(self, part_ids: Iterable[int]) -> list[str]:
+        """Names of the payloads of partitions, each with that of its parity, which is of no use without it."""
+        return [name for part_id in part_ids for name in self._names_of(self._manifest.partitions[part_id])]
+
+    def _names_of(self, entry: PartitionEntry) -> list[str]:
+        return [entry.payload_file, *self._parity_of(entry)]
+
+    def _parity_of(self, entry: PartitionEntry) -> list[str]:
+        name = parity_name(entry.part_id)
+        return [name] if os.path.lexists(self._directory.path / name) else []
 
     def _here(self) -> Iterator[PartitionEntry]:
         return (entry for entry in self._manifest.partitions if entry.part_id not in self.gone)
@@ -192,7 +207,9 @@ def require_merged(root: Path, manifest: SetManifest, gone: Collection[int], kep
 
 def _where_it_went(root: Path) -> str:
     try:
-        output = json.loads(read_regular(root / UNFINISHED_MERGE_NAME))["output"]
-    except (OSError, ValueError, KeyError, TypeError):
+        output = json.loads(read_regular(root / UNFINISHED_MERGE_NAME).decode())["output"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "."
+    if not isinstance(output, str) or len(output) > _LONGEST_PATH:
         return "."
     return f", or give the output to which it was merged: {output}."

@@ -185,11 +185,12 @@ class PartitionRepair:
             mender = ChunkMender(partition, self._chunk_sources, out, self._ledger)
             total = sum(stop - start for start, stop, _ in map(partition.encoded, damage.chunks))
             counter = ProgressCounter("repair", total, self._options.progress)
-            mender.mend(damage.chunks, max(self._options.threads, self._options.connections), counter)
+            # What the set itself is enough for comes first: those blocks count, then, for what parity can do.
             for start, stop in damage.padding:
                 out.write(start, bytes(stop - start))
             for patch in patches:
                 out.write(patch.offset, patch.data)
+            mender.mend(damage.chunks, max(self._options.threads, self._options.connections), counter)
             out.finish(size_bytes)
         finally:
             out.close()

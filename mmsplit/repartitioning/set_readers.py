@@ -196,14 +196,16 @@ class SetShardReader:
 
     def _decode(self, place: StoredPlace, out: memoryview) -> None:
         with self._readers.borrow_chunk(place, self._own.encoded) as (data, record):
-            self._own.decoder.decode(data, Encoded(int(record["codec"]), int(record["layout"]), len(data)), out)
-            if xxhash.xxh3_64_intdigest(out) != int(record["raw_xxh3"]):
+            what = None
+            try:
+                self._own.decoder.decode(data, Encoded(int(record["codec"]), int(record["layout"]), len(data)), out)
+                if xxhash.xxh3_64_intdigest(out) != int(record["raw_xxh3"]):
+                    what = "decoded bytes are not those that were split"
+            except IntegrityError as error:  # knows no file
+                what = error.what
+            if what is not None:
                 raise IntegrityError(
-                    "decoded bytes are not those that were split",
-                    path=self._location,
-                    tensor=place.tensor,
-                    offset=place.start,
-                    hint=_DAMAGE_HINT,
+                    what, path=self._location, tensor=place.tensor, offset=place.start, hint=_DAMAGE_HINT
                 )
 
     def _kept_pieces(self) -> list[tuple[int, memoryview]]:

@@ -329,7 +329,7 @@ def read_state_file(path: Path) -> dict[str, object] | None:
     """
     what = "it is not what was written"
     try:
-        state = json.loads(read_regular(path))
+        state = json.loads(read_regular(path).decode())  # strictly UTF-8, which is what is written
         if isinstance(state, dict) and state.pop("xxh3", None) == _state_checksum(state):
             return state
     except (FileNotFoundError, NotADirectoryError):

@@ -103,7 +103,7 @@ def verified_since(
 
 def _parse(line: bytes) -> HistoryEntry | None:
     try:
-        values = json.loads(line)
+        values = json.loads(line.decode())  # strictly UTF-8, which is what is written
         if values["format"] != HISTORY_FORMAT or values["format_version"] != _VERSION:
             return None
         entry = HistoryEntry(

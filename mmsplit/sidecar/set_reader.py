@@ -9,7 +9,9 @@ from mmsplit.checkpoint import IoMode
 from mmsplit.digests import parse_root_digest
 from mmsplit.errors import FormatError, IntegrityError
 from mmsplit.regular_files import read_regular
+from mmsplit.sidecar.manifest import manifest_name
 from mmsplit.sidecar.output_directory import STATE_NAME, UNFINISHED_MERGE_NAME
+from mmsplit.sidecar.part_ids import part_ids_in
 from mmsplit.sidecar.partition_reader import (
     MAX_MANIFEST_BYTES,
     OpenPartition,
@@ -93,7 +95,7 @@ def _no_set_hint(root: Path) -> str:
 
 
 def _manifests_in(root: Path) -> list[str]:
-    return sorted(path.name for path in root.glob("partition_*.json"))
+    return [manifest_name(part_id) for part_id in part_ids_in(root, [".json"])]
 
 
 def entry_of_file(manifest: SetManifest, path: Path) -> PartitionEntry:

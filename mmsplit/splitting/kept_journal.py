@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from mmsplit.checkpoint import Checkpoint, KeptShard, KeptSource, open_kept_checkpoint
+from mmsplit.checkpoint import ByteRange, Checkpoint, KeptShard, KeptSource, open_kept_checkpoint
 from mmsplit.checkpoint.cover import gaps_between
-from mmsplit.errors import FormatError, MissingShardError, OutputExistsError
+from mmsplit.errors import FormatError, IntegrityError, MissingShardError, OutputExistsError, SourceChangedError
 from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.consumed_directory import ConsumedDirectory
 from mmsplit.sidecar.json_fields import Fields
@@ -88,8 +88,35 @@ def open_what_is_left(
             path=directory.path / lost[0],
             hint="Bring it back, then run again with --resume.",
         )
+    _require_same_index(directory.path, record.source)
     left = open_kept_checkpoint(path, record.source, allow_unknown_dtypes=allow_unknown_dtypes)
-    return fold(left, record.source.same_as, ()) if record.source.same_as else left
+    if not record.source.same_as:
+        return left
+    for name, first in record.source.same_as.items():
+        one, other = left.tensors.get(name), left.tensors.get(first)
+        is_possible = one is not None and other is not None and one.size_bytes == other.size_bytes
+        if not is_possible or first in record.source.same_as:
+            raise OutputExistsError(
+                f"output says of tensor {name[:80]!r} that it has the bytes of {first[:80]!r}, which cannot be",
+                path=directory.path,
+                hint="The state of the split, or the set, is not that of this source; bring back the right one.",
+            )
+    return fold(left, record.source.same_as, ())
+
+
+def _require_same_index(directory: Path, source: KeptSource) -> None:
+    """Raise `SourceChangedError` for a weights index that names shards of the source, and is not the recorded one."""
+    with output_errors(directory):
+        names = sorted(path.name for path in directory.iterdir() if path.name.endswith(".index.json"))
+        for name in names:
+            data = read_regular(directory / name)
+            is_its = any(f'"{shard.name}"'.encode() in data for shard in source.shards)
+            if is_its and (name, data) != source.weights_index:
+                raise SourceChangedError(
+                    "weights index is not the one that the split recorded",
+                    path=directory / name,
+                    hint="Bring back the right one; or the state of the split in the output is not of this source.",
+                )
 
 
 def require_not_consumed(output: Path) -> None:
@@ -118,17 +145,30 @@ def _parse_journal(journal: object, path: Path) -> KeptSource:
             inner = fields.inner("index")
             index = (inner.plain_name("name"), parse_kept(inner).data(str(path)))
         shards = tuple(_parse_shard(shard, str(path)) for shard in fields.each("shards"))
-        same_as = {str(name): str(first) for name, first in fields.get("same_as", dict).items()}
+        same_as = fields.get("same_as", dict)
+        if not all(isinstance(first, str) for first in same_as.values()):
+            fields.fail("field 'same_as' has something else than names")
+        if len({shard.name for shard in shards}) != len(shards):
+            fields.fail("a shard occurs twice")
         return KeptSource(shards, index, tuple(_names(fields.get("files", list))), same_as)
-    except FormatError as error:
+    except (FormatError, IntegrityError) as error:
         raise OutputExistsError(f"cannot read the state of an unfinished run: {error.what}", path=path) from error
 
 
 def _parse_shard(fields: Fields, path: str) -> KeptShard:
-    ranges = [(item[0], item[1]) for item in fields.get("ranges", list)]
+    size_bytes, data = fields.count("bytes"), parse_kept(fields.inner("kept")).data(path)
     identity = tuple(fields.get("identity", list))
-    data = parse_kept(fields.inner("kept")).data(path)
-    return KeptShard(fields.plain_name("name"), fields.count("bytes"), identity, tuple(ranges), data)
+    ranges: list[ByteRange] = []
+    for item in fields.get("ranges", list):
+        if not isinstance(item, list) or len(item) != 2 or not all(type(value) is int for value in item):
+            fields.fail("a kept range is not a list of two integers")
+        ranges.append((item[0], item[1]))
+    positions = [0, *(position for place in ranges for position in place), size_bytes]
+    if positions != sorted(positions) or sum(stop - start for start, stop in ranges) != len(data):
+        fields.fail("kept ranges do not fit the shard, or what is kept of it")
+    if not all(type(value) is int for value in identity):
+        fields.fail("field 'identity' is not a list of integers")
+    return KeptShard(fields.plain_name("name"), size_bytes, identity, tuple(ranges), data)
 
 
 def _source_of_set(root: Path) -> KeptSource:

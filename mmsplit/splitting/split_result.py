@@ -70,7 +70,7 @@ class SplitResult(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SplitOptions:
-    """How to split; see `mmsplit.split`.  `only` are the partitions to write, None for all."""
+    """How to split; see `mmsplit.split`.  `only` are the partitions to write, None for all; `parity` is in percent."""
 
     codec: CodecName
     threads: int
@@ -78,3 +78,4 @@ class SplitOptions:
     direct: bool
     source_sha256: bool
     only: tuple[int, ...] | None
+    parity: float | None = None

@@ -16,6 +16,7 @@ from typing import Final
 
 from mmsplit.checkpoint import Checkpoint, Shard, ShardHasher, ShardRange, ShardReaders, iter_with_read_ahead
 from mmsplit.codec import ENCODER
+from mmsplit.digests import is_sha256
 from mmsplit.errors import IntegrityError, OutputExistsError, SourceChangedError
 from mmsplit.planning import Plan
 from mmsplit.regular_files import read_regular
@@ -39,6 +40,7 @@ from mmsplit.sidecar.slot_encoder import SlotEncoder
 from mmsplit.sidecar.small_files import copy_small_files, read_small_files, require_free_names
 from mmsplit.splitting.consumer import Consumer
 from mmsplit.splitting.consumption import PartitionBytes
+from mmsplit.splitting.parity_of_split import ParityOfSplit
 from mmsplit.splitting.partition_run import PartitionRun, entry_of
 from mmsplit.splitting.same_weights import require_same_codec, require_same_weights
 from mmsplit.splitting.slot_jobs import SlotJob, iter_jobs, make_slot, ranges_of, sample_ratio
@@ -88,17 +90,26 @@ class SplitRun:
         self._state_lock = threading.Lock()
         self._shard_sha256: dict[str, str] = {}
         self._distrusted: set[str] = set()
+        self._parity = ParityOfSplit(out.path, options.parity, options.threads, progress)
         self._files: dict[str, list[str]] = {}
         self._resumed_bytes = 0
         self._needed_bytes = 0
         self._checks_what_is_stored = self._is_remote and source_set is None
 
     def execute(self, existing: Existing) -> SplitResult:
-        """Write what is missing.  Raises any branch of `MmsplitError`."""
+        """Write what is missing, parity last.  Raises any branch of `MmsplitError`."""
+        result = self._write_set(existing)
+        self._parity.make(entry.part_id for entry in result.partitions)
+        return result
+
+    def _write_set(self, existing: Existing) -> SplitResult:
         found = self._out.prepare(self._identity(), existing, self._options.only)
         if found == "finished":
             manifest = self._finished_set()
             if self._consumer is not None:
+                part_ids = [entry.part_id for entry in manifest.partitions]
+                self._consumer.foretell(part_ids, [], self._parity.missing_bytes(part_ids), free_bytes(self._out.path))
+                self._parity.make(part_ids)
                 self._consumer.consume_finished(manifest, self._options.io, self._options.threads)
             return self._result(manifest, already_finished=True)
         runs = [
@@ -224,8 +235,13 @@ class SplitRun:
             # Bytes of an earlier run may have come over the network, although the cache has the shards by now.
             self._checks_what_is_stored |= state.get("checks_what_is_stored") is True
         digests, distrusted = state.get("shard_sha256"), state.get("distrusted")
-        self._shard_sha256 = dict(digests) if isinstance(digests, dict) else {}
-        self._distrusted = set(distrusted) if isinstance(distrusted, list) else set()
+        digests = digests.items() if isinstance(digests, dict) else ()
+        self._shard_sha256 = {name: digest for name, digest in digests if isinstance(digest, str) and is_sha256(digest)}
+        if self._consumer is not None:
+            # A shard that is there is deleted for what it is, not for what a state says that it was.
+            self._shard_sha256 = {name: digest for name, digest in self._shard_sha256.items() if name in self._gone}
+        distrusted = distrusted if isinstance(distrusted, list) else ()
+        self._distrusted = {name for name in distrusted if isinstance(name, str)}
         counter = ProgressCounter("re-hash", self._planned_bytes(), self._progress)
         for run in runs:
             is_only_copy = self._consumer is not None and self._consumer.is_only_copy(run.partition.part_id)
@@ -308,6 +324,8 @@ class SplitRun:
         for number, step in enumerate(steps, 1):
             self._stream(runs, step, [], readers, counter)
             finished |= {run.partition.part_id for run in step}
+            # Before a shard goes its partitions can mend themselves, if they are to be able to.
+            self._parity.make(sorted(finished))
             consumer.prove(finished, self._shard_sha256, self._options.threads, counter.add, self._distrust)
             if number < len(steps):
                 self._write_state()
@@ -436,11 +454,12 @@ class SplitRun:
         small = sum(self._checkpoint.storage.file_bytes(name) or 0 for name in self._checkpoint.small_files)
         extra = small + sum(_manifest_bytes(run) for run in runs)
         missing = [run for run in runs if not run.writer.is_finished]
+        extra += self._parity.missing_bytes(run.partition.part_id for run in runs if run.writer.is_finished)
         if self._source_set is not None:
             needed = sum(run.largest_bytes(self._source_set.stored_bytes(run.slots())) for run in missing)
             self._out.require_space(needed - sum(run.writer.data_stop for run in missing) + extra, "the partition set")
             return
-        worst = sum(run.largest_bytes() for run in missing)
+        worst = sum(run.largest_bytes() + self._parity.size_bytes(run.largest_bytes()) for run in missing)
         free = free_bytes(self._out.path) + self._out.reclaimable_bytes
         if self._consumer is not None:
             self._foretell(self._consumer, runs, missing, readers, free)
@@ -464,9 +483,11 @@ class SplitRun:
         todo = []
         for run in missing:
             worst, there = run.largest_bytes(), run.writer.data_stop if run.writer.recovered_slots else 0
-            beside = run.journal_bytes + _manifest_bytes(run) + _SMALL_FILE_SLACK_BYTES
+            expected = int(worst * ratio)
+            beside = run.journal_bytes + _manifest_bytes(run) + _SMALL_FILE_SLACK_BYTES - there
+            worst += beside + self._parity.size_bytes(worst)
             todo.append(
-                PartitionBytes(run.partition.part_id, worst - there + beside, int(worst * ratio) - there + beside)
+                PartitionBytes(run.partition.part_id, worst, expected + beside + self._parity.size_bytes(expected))
             )
         # The state is written beside the one before it; the set manifest says about as much.
         records = 3 * (consumer.journal_bytes + sum(_STATE_BYTES_PER_SHARD for _ in self._checkpoint.shards))
@@ -475,7 +496,8 @@ class SplitRun:
             for name in self._checkpoint.small_files
         )
         finished = {run.partition.part_id for run in runs if run.writer.is_finished}
-        consumer.foretell(finished, todo, records + small + _SMALL_FILE_SLACK_BYTES, free)
+        base = records + small + _SMALL_FILE_SLACK_BYTES + self._parity.missing_bytes(finished)
+        consumer.foretell(finished, todo, base, free)
 
     def _set_manifest(self, files: tuple[FileEntry, ...]) -> SetManifest:
         checkpoint = self._checkpoint

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from mmsplit.checkpoint import ByteRange, Scratch, Shard, SourcePlace
@@ -101,7 +102,12 @@ class StoredShardHasher:
         raw = self._chunk[: int(partition.index[chunk]["raw_bytes"])]
         try:
             with partition.reader.borrow(start, stop, self._scratch) as data:
+                is_right = partition.has_digest(chunk, data)
+                is_right = is_right and xxhash.xxh3_64_intdigest(data) == int(partition.index[chunk]["stored_xxh3"])
                 self._decoder.decode(data, encoded, raw)
+            # Right bytes under a wrong checksum are none that anybody would get back.
+            if not is_right or xxhash.xxh3_64_intdigest(raw) != int(partition.index[chunk]["raw_xxh3"]):
+                raise IntegrityError("its checksums are not those of its bytes")
         except IntegrityError as error:
             raise IntegrityError(
                 f"chunk that was just written is damaged: {error.what}",

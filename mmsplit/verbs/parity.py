@@ -12,6 +12,7 @@ from mmsplit.errors import FormatError, RequestError
 from mmsplit.sidecar.output_directory import OutputDirectory
 from mmsplit.sidecar.parity_layout import parity_name, percent_hundredths
 from mmsplit.sidecar.parity_writer import ensure_parity
+from mmsplit.sidecar.part_ids import part_ids_in
 from mmsplit.sidecar.set_reader import resolve_set_path
 from mmsplit.workers import ProgressCallback, thread_count
 
@@ -93,8 +94,8 @@ def parity(
 
 
 def _part_ids(root: Path, one: Path | None, only: Sequence[int] | None) -> tuple[int, ...]:
-    names = [path.name for path in root.iterdir()] if one is None else [one.name]
-    there = sorted(int(match[1]) for match in map(_MANIFEST.match, names) if match)
+    match = None if one is None else _MANIFEST.match(one.name)
+    there = part_ids_in(root, [".json"]) if one is None else (int(match[1]),) if match else ()
     if not there:
         raise FormatError("no partition here", path=root if one is None else one)
     missing = sorted(set(only or ()) - set(there))
@@ -102,4 +103,4 @@ def _part_ids(root: Path, one: Path | None, only: Sequence[int] | None) -> tuple
         raise RequestError(
             f"no partition {missing[0]!r} here", path=root, hint=f"Here are {', '.join(map(str, there))}."
         )
-    return tuple(there) if only is None else tuple(sorted(set(only)))
+    return there if only is None else tuple(sorted(set(only)))

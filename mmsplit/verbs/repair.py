@@ -19,6 +19,7 @@ from mmsplit.repairing.partition_repair import PartitionRepair, RepairOptions
 from mmsplit.repairing.set_files import FoundSet, find_set_manifest, repair_small_files, write_set_manifest
 from mmsplit.repairing.sources import RepairSource, SetCopy, open_repair_source
 from mmsplit.sidecar.output_directory import OutputDirectory
+from mmsplit.sidecar.part_ids import part_ids_in
 from mmsplit.sidecar.partition_reader import Fault
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME
 from mmsplit.sidecar.set_reader import resolve_set_path
@@ -170,13 +171,13 @@ class _RepairRun:
         if isinstance(found, FoundSet):
             return found
         if is_set or root_digest is not None:
-            if not path.exists() and not _part_ids_in(self._root):
+            if not path.exists() and not part_ids_in(self._root):
                 raise FormatError("no partition set here", path=self._root, hint="To get a set, use mmsplit pull.")
             self._ledger.leave(Fault(str(path), found))
         return None
 
     def _all_parts(self, found: FoundSet | None) -> tuple[int, ...]:
-        return _part_ids_in(self._root) if found is None else tuple(range(len(found.manifest.partitions)))
+        return part_ids_in(self._root) if found is None else tuple(range(len(found.manifest.partitions)))
 
     def _part_ids(self, found: FoundSet | None, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
         there = self._all_parts(found)
@@ -203,11 +204,6 @@ def _wanted_parts(one: Path | None, only: Sequence[int] | None) -> tuple[int, ..
     if only is not None and tuple(only) != (int(match[1]),):
         raise RequestError("one partition is named, and others are asked for", path=one, hint="Name the directory.")
     return (int(match[1]),)
-
-
-def _part_ids_in(root: Path) -> tuple[int, ...]:
-    matches = (_PARTITION.match(path.name) for path in root.iterdir())
-    return tuple(sorted({int(match[1]) for match in matches if match}))
 
 
 def _open_sources(

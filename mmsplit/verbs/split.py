@@ -27,7 +27,6 @@ from mmsplit.sidecar.consumed_directory import ConsumedDirectory
 from mmsplit.sidecar.manifest_builder import Origin
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory
 from mmsplit.sidecar.parity_layout import percent_hundredths
-from mmsplit.sidecar.parity_writer import ensure_parity
 from mmsplit.sidecar.set_manifest import KeptBytes, ShardEntry
 from mmsplit.splitting import Announce, Consumer, SplitOptions, SplitResult, SplitRun, fold_equal_tensors
 from mmsplit.splitting.kept_journal import open_what_is_left, read_consumed, require_not_consumed
@@ -82,7 +81,8 @@ def split(
     then compare no digest but one that the Hub publishes, and where there is none it has the checksums of the chunks.
 
     `parity` is a share in percent, 0.5 to 50: when the partitions are complete, each gets a parity file of that size
-    beside its payload, as the verb `parity` makes it, and `repair` then needs no source for small damage.
+    beside its payload, as the verb `parity` makes it, and `repair` then needs no source for small damage.  With
+    `consume` a shard is deleted only when the parity of its partitions is there, too.
 
     `consume=True` deletes each shard of `source`, a directory of this machine, as soon as all of it is in finished
     partitions that were read back from the disk; `announce` is told before how much more disk that takes at most.
@@ -135,6 +135,7 @@ def split(
             direct=direct,
             source_sha256=source_sha256,
             only=None if only is None else sorted_part_ids(only, plan.num_parts),
+            parity=parity,
         )
         headers = {shard.name: source.read_kept(shard.name) for shard in source.shards}
         origin = Origin(
@@ -163,11 +164,7 @@ def split(
             consumer = Consumer(source, plan, consumed, Path(output), kept, deletable, announce)
             consumed.require_deletable(shard.name for shard in source.shards if shard.name not in consumer.gone)
         with OutputDirectory(Path(output)) as out:
-            result = SplitRun(source, plan, origin, options, out, known, progress, consumer=consumer).execute(existing)
-            if parity is not None:
-                for entry in result.partitions:
-                    ensure_parity(out.path / entry.manifest_file, parity, options.threads, progress)
-            return result
+            return SplitRun(source, plan, origin, options, out, known, progress, consumer=consumer).execute(existing)
 
 
 def _consumable_directory(

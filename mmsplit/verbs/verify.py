@@ -27,9 +27,11 @@ from mmsplit.regular_files import is_regular, read_regular
 from mmsplit.remote.source import HubOptions, open_source
 from mmsplit.sidecar.chunk_check import Wanted, check_chunks
 from mmsplit.sidecar.layout import CHUNK_BYTES
+from mmsplit.sidecar.manifest import manifest_name
 from mmsplit.sidecar.output_directory import STATE_NAME
 from mmsplit.sidecar.parity_file import find_parity_faults
 from mmsplit.sidecar.parity_layout import parity_name
+from mmsplit.sidecar.part_ids import part_ids_in
 from mmsplit.sidecar.partition_reader import Fault, OpenPartition, Report, read_partition_files
 from mmsplit.sidecar.scrub_run import Scrub, ScrubRun
 from mmsplit.sidecar.set_manifest import (
@@ -41,6 +43,7 @@ from mmsplit.sidecar.set_manifest import (
 )
 from mmsplit.sidecar.set_reader import entry_of_file, read_set_manifest, resolve_set_path
 from mmsplit.sidecar.signature import signed_root_digest
+from mmsplit.sidecar.single_partitions import SinglePartitions, find_single_partitions
 from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup, thread_count
 
 #: quick: structure and sizes.  stored: and the checksum of every stored byte.  full: and decode it all.
@@ -53,7 +56,8 @@ class VerifyResult(NamedTuple):
     """What a verification found; `ok` says that everything looked at is as it was written.
 
     `problems` are in file order.  `checked_bytes` counts payload bytes that were read.  `root_digest` is the one that
-    everything was held to; None if none was demanded.
+    everything was held to; None if none was demanded.  `single` says which partitions were looked at each by itself,
+    because the directory has some of a split, and no set manifest.
     """
 
     ok: bool
@@ -62,6 +66,7 @@ class VerifyResult(NamedTuple):
     partition_count: int
     checked_bytes: int
     root_digest: str | None = None
+    single: SinglePartitions | None = None
 
     def as_json(self) -> dict[str, object]:
         """Return what `verify --json` shows."""
@@ -72,6 +77,7 @@ class VerifyResult(NamedTuple):
             "problems": [fault._asdict() for fault in self.problems],
             "partitions": self.partition_count,
             "checked_bytes": self.checked_bytes,
+            "single_partitions": None if self.single is None else self.single._asdict(),
         }
 
 
@@ -91,6 +97,9 @@ def verify(
     progress: ProgressCallback | None = None,
 ) -> VerifyResult:
     """Verify a partition set (its directory) or one partition (its manifest or payload).
+
+    A directory with some partitions of a split and no set manifest, as `split` with `only` makes it, has each of them
+    verified by itself; where all of them are there, the set manifest is missed.
 
     All damage is reported, not just the first.  With `against`, a path or a model of the Hub, the checkpoint there is
     compared with what the partitions say of it: header bytes, and the checksum of every tensor.  With `scrub` only
@@ -117,8 +126,11 @@ def verify(
         if root_digest not in (None, signed):
             raise IntegrityError("signature is of another set", path=signature, expected=root_digest, found=signed)
         root_digest = signed
+    single = None
     if root_digest is None:
-        manifest = _set_manifest(root, only, faults.add)
+        manifest = None if only is not None else _set_manifest(root, faults.add)
+        if only is None and manifest is None and not (root / SET_MANIFEST_NAME).exists():
+            single = _single_partitions(root, faults.add)
     else:
         manifest = read_set_manifest(root, root_digest)
         _require_as_written(root, faults.add)
@@ -155,7 +167,7 @@ def verify(
     problems = faults.in_order()
     if part is not None:
         part.finish(checked, problems)
-    return VerifyResult(not problems, level, problems, len(entries), checked, root_digest)
+    return VerifyResult(not problems, level, problems, len(entries), checked, root_digest, single)
 
 
 def _scrub_run(
@@ -211,9 +223,8 @@ class _Faults:
         return tuple(sorted(self._faults, key=lambda fault: (fault.file, fault.start or 0, fault.what)))
 
 
-def _set_manifest(root: Path, only: Path | None, report: Report) -> SetManifest | None:
-    if only is not None:
-        return None
+def _set_manifest(root: Path, report: Report) -> SetManifest | None:
+    """Return the set manifest; None where it is damaged, which is reported, or not there."""
     try:
         manifest = read_set_manifest(root)
         _require_as_written(root, report)
@@ -222,11 +233,19 @@ def _set_manifest(root: Path, only: Path | None, report: Report) -> SetManifest 
         return None
     except FormatError:
         # Without a set manifest its partitions may still be worth a look; without those there is nothing.
-        if (root / SET_MANIFEST_NAME).exists() or (root / STATE_NAME).exists() or not _manifests_in(root):
+        if (root / SET_MANIFEST_NAME).exists() or (root / STATE_NAME).exists() or not part_ids_in(root):
             raise
-        report(Fault(str(root / SET_MANIFEST_NAME), "set manifest is missing"))
         return None
     return manifest
+
+
+def _single_partitions(root: Path, report: Report) -> SinglePartitions | None:
+    """Return which partitions are here by themselves; reports the set manifest as missing where there should be one."""
+    found = find_single_partitions(root)
+    if isinstance(found, str):
+        report(Fault(str(root / SET_MANIFEST_NAME), found))
+        return None
+    return found
 
 
 def _require_as_written(root: Path, report: Report) -> None:
@@ -235,22 +254,13 @@ def _require_as_written(root: Path, report: Report) -> None:
         report(Fault(str(root / SET_MANIFEST_NAME), what))
 
 
-def _manifests_in(root: Path) -> list[Path]:
-    stems = {
-        path.stem
-        for path in root.glob("partition_*")
-        if path.suffix in (".json", ".bin") and path.stem.removeprefix("partition_").isdecimal()
-    }
-    return sorted((root / f"{stem}.json" for stem in stems), key=lambda path: (len(path.name), path.name))
-
-
 def _partition_manifests(
     root: Path, only: Path | None, manifest: SetManifest | None
 ) -> list[tuple[Path, PartitionEntry | None]]:
     if only is not None:
         return [(only, None if manifest is None else entry_of_file(manifest, only))]
     if manifest is None:
-        return [(path, None) for path in _manifests_in(root)]
+        return [(root / manifest_name(part_id), None) for part_id in part_ids_in(root)]
     return [(root / entry.manifest_file, entry) for entry in manifest.partitions]
 
 

@@ -254,3 +254,19 @@ def test_importing_mmsplit_loads_nothing() -> None:
         "assert not [m for m in sys.modules if m.startswith('mmsplit.') or m in ('numpy', 'click', 'zstandard')]\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_verify_of_partitions_made_one_at_a_time(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a node has is verified by the directory's name, too; that the set manifest is not there goes to stderr."""
+    node = str(tmp_path / "node-1")
+    assert run(["split", str(checkpoint), "-o", node, "-n", "2", "--only", "1"]) == 0
+    capsys.readouterr()
+    assert run(["verify", node]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("ok: 1 partition(s), ")
+    assert "partition_set.json is not here: partition 1 of 2 verified, each by itself" in err
+    assert run(["verify", node, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["single_partitions"] == {"part_ids": [1], "num_parts": 2}
+    assert run(["verify", node, "--root", "sha256:" + "0" * 64]) != 0

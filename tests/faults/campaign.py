@@ -1,20 +1,22 @@
 """The whole campaign: every part with all its faults, then, while there is time, those of chance again and again.
 
 `scripts/campaign` runs it.  To put a new command under it, add a scenario (scenarios.py); a new kind of fault is a
-function that yields outcomes, and a line in `_parts_of` or `_other_parts`.
+function that yields outcomes, and a line in `_parts_of` or `OTHERS`.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import multiprocessing
 import os
 import platform
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,7 +27,7 @@ import conditions
 import damage
 from fault_layer import Fault
 from machine import NotHere, without_waiting
-from scenarios import SCENARIOS, Scenario
+from scenarios import BY_NAME, SCENARIOS
 from trials import ERRORS, Outcome, Stage, Verdict, crashes, failures, kills, power_losses, stage
 
 import mmsplit
@@ -33,6 +35,10 @@ import mmsplit
 _DISKS = ("size=4k", "size=12k", "size=20k", "size=32k", "size=48k", "size=64k", *(f"nr_inodes={n}" for n in range(9)))
 _LARGE_BYTES = 25_000_000_000
 _WITHOUT_LARGE_BYTES = 1_000_000_000
+
+
+#: What is counted.
+FIGURES = ("runs", "faults", "survived", "refused", "lost")
 
 
 class Part(NamedTuple):
@@ -62,6 +68,12 @@ class Tally:
         setattr(self, verdict, getattr(self, verdict) + 1)
         if verdict == "lost":
             self.losses.append(outcome.what)
+
+    def join(self, other: Tally) -> None:
+        """Count what another one has counted."""
+        for name in FIGURES:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.losses += other.losses
 
 
 def every_failure(made: Stage, *, direct: bool) -> list[Fault]:
@@ -104,7 +116,7 @@ def _parts_of(made: Stage) -> Iterator[Part]:
         yield Part("damage to work in progress", lambda random: damage.damaged_work(made, random, strides))
 
 
-def _other_parts(folder: Path, large_bytes: int) -> Iterator[Part]:
+def _parts_of_sets(folder: Path, _: int) -> Iterator[Part]:
     small = damage.small_set(folder / "small")
     places = damage.places_in(small)
     yield Part("bit flip in every byte", lambda random: damage.flips(small, places, random), repeats=True)
@@ -127,18 +139,89 @@ def _other_parts(folder: Path, large_bytes: int) -> Iterator[Part]:
             return conditions.changing_sources(place, random, io, 40)  # type: ignore[arg-type]
 
         yield Part(f"source changes, --io {io}", change, repeats=True)
+
+
+def _parts_of_memory(folder: Path, large_bytes: int) -> Iterator[Part]:
     yield Part("little memory", lambda _: conditions.little_memory(folder / "memory", large_bytes))
 
 
-class Campaign:
-    """Runs parts, keeps the tallies, and knows when to end."""
+SETS_AND_SOURCES, MEMORY = "sets and sources", "little memory"
+#: What is no scenario.
+OTHERS = {SETS_AND_SOURCES: _parts_of_sets, MEMORY: _parts_of_memory}
 
-    def __init__(self, minutes: float, seed: int, only: str, show: Callable[[str], None]) -> None:
+
+class Share(NamedTuple):
+    """What came of a part of the campaign: tallies by scenario and kind of fault, and what the time cut short."""
+
+    tallies: dict[tuple[str, str], Tally]
+    cut_short: list[str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One scenario, or what is beside them, for one turn; runs in a process of its own if there are several."""
+
+    name: str
+    turn: int
+    seed: int
+    folder: Path
+    deadline: float
+    large_bytes: int
+
+    def run(self) -> Share:
+        """Run the parts: all of them in turn 0, later only those of chance, as long as there is time."""
+        share = Share({}, [])
+        if self.turn and time.monotonic() > self.deadline:
+            return share
+        place = Path(tempfile.mkdtemp(dir=self.folder))
+        if self.name in OTHERS:
+            self._run_parts(share, SETS_AND_SOURCES, OTHERS[self.name](place, self.large_bytes))
+        else:
+            with stage(BY_NAME[self.name], place / "stage") as made:
+                self._run_parts(share, self.name, _parts_of(made))
+        shutil.rmtree(place)
+        return share
+
+    def _run_parts(self, share: Share, scenario: str, parts: Iterator[Part]) -> None:
+        for part in parts:
+            if (part.repeats and time.monotonic() < self.deadline) or not self.turn:
+                self._run_part(share, scenario, part)
+
+    def _run_part(self, share: Share, scenario: str, part: Part) -> None:
+        tally = share.tallies.setdefault((scenario, part.name), Tally())
+        random = Random(f"{self.seed} {scenario} {part.name} {self.turn}")
+        started = time.monotonic()
+        try:
+            for outcome in part.run(random):
+                tally.add(outcome)
+                if outcome.verdict == "lost":
+                    _show(f"LOST  {scenario}, {part.name}: {outcome.what}")
+                if time.monotonic() > self.deadline and "memory" not in part.name:
+                    if not self.turn:
+                        share.cut_short.append(f"{scenario}, {part.name}")
+                    break
+        except NotHere as reason:
+            _show(f"left out  {scenario}, {part.name}: {reason}")
+        took = time.monotonic() - started
+        _show(f"{scenario}, {part.name}: {tally.runs} runs in {took:.0f} s, {tally.lost} lost")
+
+
+def _show(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+class Campaign:
+    """Runs everything once, then what depends on chance until the time is over; keeps the tallies."""
+
+    def __init__(self, minutes: float, seed: int, only: str, jobs: int) -> None:
         self.seed = seed
         self.tallies: dict[tuple[str, str], Tally] = {}
         self.cut_short: list[str] = []
-        self._only = only
-        self._show = show
+        self._jobs = jobs
+        # Those that take longest first, so that nobody waits for them in the end.
+        others = [name for name in OTHERS if fnmatch(name, only) or fnmatch(SETS_AND_SOURCES, only)]
+        self._names = [*others, *(s.name for s in SCENARIOS if fnmatch(s.name, only))]
         self._started = time.monotonic()
         self._deadline = self._started + 60 * minutes
 
@@ -148,55 +231,23 @@ class Campaign:
         return time.monotonic() - self._started
 
     def run(self, folder: Path, large_bytes: int) -> None:
-        """Everything once, then what depends on chance until the time is over."""
-        stages = [scenario for scenario in SCENARIOS if self._is_wanted(scenario.name)]
-        for scenario in stages:
-            self._scenario(scenario, folder, 0)
-        if self._is_wanted("sets and sources"):
-            for part in _other_parts(self._folder(folder), large_bytes):
-                self._part("sets and sources", part, 0)
-        for turn in range(1, 10_000):
-            if time.monotonic() > self._deadline:
+        """Run it in a folder of its own."""
+        for turn in range(10_000):
+            if turn and time.monotonic() > self._deadline:
                 break
-            for scenario in stages:
-                self._scenario(scenario, folder, turn)
-            if self._is_wanted("sets and sources"):
-                for part in _other_parts(self._folder(folder), large_bytes):
-                    if part.repeats:
-                        self._part("sets and sources", part, turn)
+            names = [name for name in self._names if not turn or name != MEMORY]
+            jobs = [Job(name, turn, self.seed, folder, self._deadline, large_bytes) for name in names]
+            if self._jobs == 1:
+                self._gather(map(Job.run, jobs))
+            else:
+                with ProcessPoolExecutor(self._jobs, multiprocessing.get_context("fork")) as pool:
+                    self._gather(pool.map(Job.run, jobs))
 
-    def _is_wanted(self, name: str) -> bool:
-        return fnmatch(name, self._only)
-
-    def _folder(self, folder: Path) -> Path:
-        return Path(tempfile.mkdtemp(dir=folder))
-
-    def _scenario(self, scenario: Scenario, folder: Path, turn: int) -> None:
-        if turn and time.monotonic() > self._deadline:
-            return
-        place = self._folder(folder)
-        with stage(scenario, place / "stage") as made:
-            for part in _parts_of(made):
-                if part.repeats or turn == 0:
-                    self._part(scenario.name, part, turn)
-        shutil.rmtree(place)
-
-    def _part(self, scenario: str, part: Part, turn: int) -> None:
-        if turn and time.monotonic() > self._deadline:
-            return
-        tally = self.tallies.setdefault((scenario, part.name), Tally())
-        random = Random(f"{self.seed} {scenario} {part.name} {turn}")
-        try:
-            for outcome in part.run(random):
-                tally.add(outcome)
-                if outcome.verdict == "lost":
-                    self._show(f"LOST  {scenario}, {part.name}: {outcome.what}")
-                if time.monotonic() > self._deadline and "memory" not in part.name:
-                    self.cut_short.append(f"{scenario}, {part.name}") if not turn else None
-                    break
-        except NotHere as reason:
-            self._show(f"left out  {scenario}, {part.name}: {reason}")
-        self._show(f"{self.seconds:7.0f} s  {scenario}, {part.name}: {tally.runs} runs, {tally.lost} lost")
+    def _gather(self, shares: Iterable[Share]) -> None:
+        for share in shares:
+            for key, tally in share.tallies.items():
+                self.tallies.setdefault(key, Tally()).join(tally)
+            self.cut_short += share.cut_short
 
 
 def report(campaign: Campaign, folder: Path) -> str:
@@ -204,12 +255,10 @@ def report(campaign: Campaign, folder: Path) -> str:
     total = Tally()
     rows = []
     for (scenario, part), tally in campaign.tallies.items():
-        for name in ("runs", "faults", "survived", "refused", "lost"):
-            setattr(total, name, getattr(total, name) + getattr(tally, name))
+        total.join(tally)
         figures = f"{tally.runs:,} | {tally.faults:,} | {tally.survived:,} | {tally.refused:,} | {tally.lost:,}"
         rows.append(f"| {scenario} | {part} | {figures} |")
     figures = f"{total.runs:,} | {total.faults:,} | {total.survived:,} | {total.refused:,} | **{total.lost:,}**"
-    losses = [loss for tally in campaign.tallies.values() for loss in tally.losses]
     lines = [
         "# Fault campaign",
         "",
@@ -226,7 +275,7 @@ def report(campaign: Campaign, folder: Path) -> str:
         f"| **all** | | {figures} |",
         "",
         *([f"Cut short by the time: {'; '.join(campaign.cut_short)}.", ""] if campaign.cut_short else []),
-        *(["## Lost", "", *(f"* {loss}" for loss in losses), ""] if losses else []),
+        *(["## Lost", "", *(f"* {loss}" for loss in total.losses), ""] if total.losses else []),
     ]
     return "\n".join(line.replace(str(folder), "…").rstrip() for line in lines) + "\n"
 
@@ -239,6 +288,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of all that is left to chance (default 0)")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="only these scenarios: 'split*', 'sets*'")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="how many processes (default: as many as processors)"
+    )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the report there, too")
     parser.add_argument("--dir", type=Path, help="where to work (default: the system's place for temporary files)")
     parser.add_argument("--small", action="store_true", help="1 GB in place of 25 GB under the limit of memory")
@@ -246,10 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["NO_PROXY"] = "127.0.0.1"
     folder = Path(tempfile.mkdtemp(prefix="mmsplit-campaign-", dir=options.dir))
 
-    def show(line: str) -> None:
-        sys.stderr.write(f"{line}\n")
-
-    campaign = Campaign(options.minutes, options.seed, options.only, show)
+    campaign = Campaign(options.minutes, options.seed, options.only, options.jobs)
     try:
         with without_waiting():
             campaign.run(folder, _WITHOUT_LARGE_BYTES if options.small else _LARGE_BYTES)

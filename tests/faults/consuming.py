@@ -95,15 +95,16 @@ def judge(out: Path, _: Mapping[str, bytes]) -> list[str]:
 
 
 def consume_split(out: Path, existing: str, *, direct: bool = True) -> object:
-    """Split the model in a folder into the set there, and delete its shards."""
+    """Split the model in a folder into the set there, with parity, and delete its shards."""
     return split(
         out / MODEL,
         out / SET,
         3,
         threads=1,
-        existing=existing,
+        existing=existing,  # type: ignore[arg-type]
         direct=direct,
-        consume=True,  # type: ignore[arg-type]
+        parity=10,
+        consume=True,
     )
 
 

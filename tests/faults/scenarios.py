@@ -25,14 +25,18 @@ from checkpoints import CAUSAL_CONFIG, Weight, flip, llama_weights, tree, write_
 from fault_layer import Crash, Fault, Layer
 
 from mmsplit.errors import MmsplitError
+from mmsplit.exporting.export_record import RECORD_NAME
 from mmsplit.remote.source import HubOptions
 from mmsplit.sidecar import shard_writer
 from mmsplit.sidecar.output_directory import STATE_NAME
 from mmsplit.sidecar.payload_file import PayloadFile
+from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME
 from mmsplit.verbs.download import download
+from mmsplit.verbs.export import export
 from mmsplit.verbs.merge import merge
 from mmsplit.verbs.parity import parity
 from mmsplit.verbs.pull import pull
+from mmsplit.verbs.repair import repair
 from mmsplit.verbs.repartition import repartition
 from mmsplit.verbs.split import split
 from mmsplit.verbs.verify import verify
@@ -138,6 +142,55 @@ def _given_damaged(work: Work) -> None:
         flip(work.out / f"partition_{part_id}.bin", 4100)
 
 
+def _given_damage_for(work: Work, *, published: bool, parity_percent: float | None = None) -> None:
+    """The output holds a damaged set: chunks, a manifest, an index, a small file.  The source is the model, or a copy
+    of the set as it was published.
+    """
+    if published:
+        _given_set(work)
+        shutil.copytree(work.source, work.out)
+    else:
+        _given_output(work)
+    if parity_percent is not None:
+        parity(work.out, parity_percent, threads=1)
+        flip(work.out / "partition_1.parity", 5000)
+    for part_id in range(2):
+        flip(work.out / f"partition_{part_id}.bin", 4100)
+    flip(work.out / "partition_0.json", 300)
+    payload = work.out / "partition_1.bin"
+    flip(payload, payload.stat().st_size - 40)
+    if parity_percent is None:
+        (work.out / "config.json").unlink()
+
+
+def _given_lost_manifests(work: Work) -> None:
+    """The output holds a set whose JSON is all gone, but that of the other partition."""
+    _given_output(work)
+    for name in ("partition_0.json", SET_MANIFEST_NAME):
+        (work.out / name).unlink()
+
+
+def _given_lost_payload(work: Work) -> None:
+    """The output holds a set of which a payload is gone, manifest and all."""
+    _given_output(work)
+    for name in ("partition_0.json", "partition_0.bin"):
+        (work.out / name).unlink()
+
+
+def _repair(*, from_source: bool = True, rebuild_manifest: bool = False) -> Act:
+    return lambda work: repair(
+        work.out, work.source if from_source else None, rebuild_manifest=rebuild_manifest, threads=1
+    )
+
+
+def _export(to: str, existing: str) -> Act:
+    def act(work: Work) -> object:
+        with mock.patch.object(shard_writer, "PayloadFile", partial(PayloadFile, direct=work.direct)):
+            return export(work.source, work.out, to=to, existing=existing, max_shard_bytes=20_000, threads=1)  # type: ignore[arg-type]
+
+    return act
+
+
 def _judge_set(out: Path, expected: Mapping[str, bytes]) -> list[str]:
     """A directory that passes `verify` holds exactly what a whole run makes."""
     try:
@@ -167,6 +220,13 @@ def _judge_files(out: Path, expected: Mapping[str, bytes]) -> list[str]:
     """A file that has its final name has its content, whatever else is missing."""
     found = result_of(out)
     return [f"{name} has its name, but not its content" for name, data in found.items() if expected.get(name) != data]
+
+
+def _judge_export(out: Path, expected: Mapping[str, bytes]) -> list[str]:
+    """The same; the record of an export says itself whether the export is complete."""
+    record = out / RECORD_NAME
+    unfinished = record.exists() and b'"complete": true' not in record.read_bytes()
+    return [problem for problem in _judge_files(out, expected) if not (unfinished and RECORD_NAME in problem)]
 
 
 def _judge_cache(out: Path, expected: Mapping[str, bytes]) -> list[str]:
@@ -248,7 +308,7 @@ def _given_model_to_consume(work: Work) -> None:
 
 def _given_set_to_consume(work: Work) -> None:
     _given_model_to_consume(work)
-    split(work.out / consuming.MODEL, work.out / consuming.SET, 3, threads=1)
+    split(work.out / consuming.MODEL, work.out / consuming.SET, 3, threads=1, parity=10)
     shutil.rmtree(work.out / consuming.MODEL)
 
 
@@ -283,6 +343,33 @@ SCENARIOS = (
     Scenario("pull", _given_set, _pull(force=False), _pull(force=False), _pull(force=True), _judge_set),
     Scenario("pull --force over damage", _given_damaged, _pull(force=True), _pull(force=True), None, _judge_set),
     Scenario("parity", _given_output, _parity, _parity, None, _judge_files, writes_direct=False),
+    Scenario(
+        "repair", partial(_given_damage_for, published=False), _repair(), _repair(), None, _judge_set,
+        writes_direct=False,
+    ),
+    Scenario(
+        "repair from a copy", partial(_given_damage_for, published=True), _repair(), _repair(), None, _judge_set,
+        writes_direct=False,
+    ),
+    Scenario(
+        "repair by parity", partial(_given_damage_for, published=False, parity_percent=10), _repair(from_source=False),
+        _repair(from_source=False), None, _judge_set, writes_direct=False,
+    ),
+    Scenario(
+        "repair of a lost payload", _given_lost_payload, _repair(), _repair(), None, _judge_set, writes_direct=False
+    ),
+    Scenario(
+        "repair --rebuild-manifest", _given_lost_manifests, _repair(rebuild_manifest=True),
+        _repair(rebuild_manifest=True), None, _judge_set, writes_direct=False,
+    ),
+    Scenario(
+        "export", _given_set, _export("safetensors", "refuse"), _export("safetensors", "resume"),
+        _export("safetensors", "force"), _judge_export,
+    ),
+    Scenario(
+        "export --to json", _given_set, _export("json", "refuse"), _export("json", "resume"), _export("json", "force"),
+        _judge_export, writes_direct=False,
+    ),
     Scenario(
         "download to the cache", lambda _: None, _download(into_cache=True), _download(into_cache=True), None,
         _judge_cache, writes_direct=False,

@@ -5,5 +5,5 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-for _room in ("checkpoint", "remote"):
+for _room in ("checkpoint", "remote", "faults"):
     sys.path.append(str(Path(__file__).parent.parent / _room))

@@ -24,8 +24,9 @@ from guard import MOST_BYTES
 from readers import READERS
 from sealing import Parts, sealed, write_files
 from target import Outcome, Target, run, without_waiting
+from work_in_progress import IN_PROGRESS
 
-TARGETS = {target.name: target for target in (*READERS, *DIRECTORIES)}
+TARGETS = {target.name: target for target in (*READERS, *DIRECTORIES, *IN_PROGRESS)}
 #: So many cases are kept at most.
 _MOST_KEPT = 400
 #: Of so many runs one has its memory counted, which makes it several times slower.

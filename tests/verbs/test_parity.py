@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import CAUSAL_CONFIG, Weight, flip, llama_weights, tree, write_checkpoint
@@ -15,7 +16,8 @@ from children import die_at_change, in_child
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmsplit.errors import IntegrityError, MissingExtraError, RequestError
+from mmsplit.errors import IntegrityError, MissingExtraError, NoSpaceError, RequestError
+from mmsplit.sidecar.disk_forecast import DiskForecast
 from mmsplit.sidecar.parity_file import ParityFile
 from mmsplit.sidecar.parity_layout import (
     PAGE_BYTES,
@@ -26,6 +28,8 @@ from mmsplit.sidecar.parity_layout import (
 )
 from mmsplit.sidecar.partition_reader import open_partition_files
 from mmsplit.sidecar.scrub_run import Scrub
+from mmsplit.splitting import parity_of_split
+from mmsplit.verbs.merge import merge
 from mmsplit.verbs.parity import parity
 from mmsplit.verbs.repair import repair
 from mmsplit.verbs.split import split
@@ -455,3 +459,74 @@ def test_without_the_library_the_other_sources_do(
     assert "mmsplit[parity]" in result.problems[0].what
     assert repair(damaged, source).ok
     assert tree(damaged) == tree(made)
+
+
+def test_what_the_set_itself_mends_counts_before_parity_is_asked(tiny: Path, tmp_path: Path) -> None:
+    """A damaged trailer and a damaged chunk in a stripe that can lose one block: one repair is enough."""
+    root = Path(shutil.copytree(tiny, tmp_path / "set"))
+    payload = root / "partition_1.bin"
+    with ParityFile(root / "partition_1.parity") as opened:
+        assert (opened.layout.parity_count, opened.layout.stripe_count) == (1, 1)
+    before = payload.read_bytes()
+    flip(payload, 4100)
+    flip(payload, len(before) - 40)
+    assert repair(root).ok
+    assert payload.read_bytes() == before
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_consumed_shard_is_not_deleted_before_the_parity_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
+) -> None:
+    """Parity that cannot be made keeps the shards; the same command goes on, and takes what it said of the disk."""
+    weights = [Weight(f"model.layers.{k}.mlp.noise.weight", "U8", (50_000,), 256) for k in range(4)]
+    model = write_checkpoint(tmp_path / "model", [[weight] for weight in weights])
+    split(model, tmp_path / "plain", 4, parity=10, model_id="m")
+    if resumed:  # an ordinary split is there, without parity
+        split(model, tmp_path / "set", 4, model_id="m")
+    shards = sorted(model.glob("*.safetensors"))
+    real, made = parity_of_split.ensure_parity, []
+
+    def fail(path: Path, *arguments: Any) -> object:
+        if len(made) == (0 if resumed else 2):
+            raise NoSpaceError("full", path=path)
+        made.append(path)
+        return real(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parity_of_split, "ensure_parity", fail)
+        with pytest.raises(NoSpaceError):
+            split(
+                model,
+                tmp_path / "set",
+                4,
+                parity=10,
+                consume=True,
+                existing="resume" if resumed else "refuse",
+                model_id="m",
+            )
+    assert sorted(model.glob("*.safetensors")) == (shards if resumed else shards[2:])
+    told: list[DiskForecast] = []
+    split(
+        model,
+        tmp_path / "set",
+        4,
+        parity=10,
+        consume=True,
+        existing="resume",
+        model_id="m",
+        announce=told.append,
+    )
+    assert tree(tmp_path / "set") == tree(tmp_path / "plain")
+    assert not list(model.glob("*.safetensors"))
+    parity_bytes = sum(path.stat().st_size for path in (tmp_path / "set").glob("*.parity"))
+    least = parity_bytes if resumed else parity_bytes // 2
+    assert told[0].extra_bytes >= least
+
+
+def test_merge_consume_takes_the_parity_with_the_payload(tiny: Path, tmp_path: Path) -> None:
+    """It is of no use without it, and would bar the directory to the next split."""
+    root = Path(shutil.copytree(tiny, tmp_path / "set"))
+    result = merge(root, tmp_path / "model", consume=True)
+    assert {"partition_0.parity", "partition_1.parity"} < set(result.deleted)
+    assert [path.name for path in root.iterdir()] == ["config.json"]

@@ -275,6 +275,43 @@ def test_one_partition_alone(damaged: Path) -> None:
     assert _problems(verify(damaged / "partition_0.bin")) == ["partition_0.bin: stored bytes are damaged"]
 
 
+@pytest.fixture
+def some(source: Path, tmp_path: Path) -> Path:
+    """Two partitions of four, made one at a time."""
+    for part_id in (1, 3):
+        split(source, tmp_path / "some", 4, only=[part_id])
+    return tmp_path / "some"
+
+
+def test_partitions_made_one_at_a_time_are_verified_each(some: Path) -> None:
+    """There is no set manifest before the last one is made: that is said, and is no fault."""
+    result = verify(some)
+    assert (result.ok, result.partition_count, result.single) == (True, 2, ((1, 3), 4))
+    assert result.as_json()["single_partitions"] == {"part_ids": (1, 3), "num_parts": 4}
+    with pytest.raises(FormatError, match="nothing here ties a partition to the root digest"):
+        verify(some, root_digest="sha256:" + "0" * 64)
+    flip(some / "partition_3.bin", DATA_START)
+    assert _problems(verify(some)) == ["partition_3.bin: stored bytes are damaged"]
+    (some / "partition_1.json").unlink()
+    assert _problems(verify(some, level="quick")) == ["partition_1.json: manifest is missing"]
+
+
+def test_where_a_set_manifest_should_be_it_is_missed(some: Path, source: Path, tmp_path: Path) -> None:
+    """All partitions are here; those of another split are, too; a pull was interrupted."""
+    whole, mixed = tmp_path / "whole", tmp_path / "mixed"
+    split(source, whole, 4)
+    assert verify(whole).single is None
+    (whole / SET_MANIFEST_NAME).unlink()
+    missing = f"{SET_MANIFEST_NAME}: set manifest is missing"
+    assert _problems(verify(whole)) == [missing]
+    split(source, mixed, 3, only=[0])
+    for suffix in (".json", ".bin"):
+        shutil.copy(some / f"partition_1{suffix}", mixed)
+    assert _problems(verify(mixed)) == [f"{missing}, and the partitions here are of different splits"]
+    (some / f"{SET_MANIFEST_NAME}.partial").write_bytes(b"{}")
+    assert _problems(verify(some)) == [f"{missing}: a pull into this directory is not finished"]
+
+
 def test_quick_looks_at_no_chunk(damaged: Path) -> None:
     """Level quick is structure and sizes; it says so by what it counts."""
     flip(damaged / "partition_0.bin", DATA_START)
