@@ -48,10 +48,10 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         found["read bytes"] += stop - start
         return read(self, start, stop)
 
-    def counting_write_block(self: PayloadFile, offset: int, block: memoryview) -> None:
+    def counting_write_block(self: PayloadFile, offset: int, block: memoryview, *rest: Any) -> None:
         found["block bytes"] += len(block)
         found["blocks"] += 1
-        write_block(self, offset, block)
+        write_block(self, offset, block, *rest)
 
     def counting_write(self: PayloadFile, offset: int, data: bytes | memoryview) -> None:
         found["other written bytes"] += len(data)
