@@ -102,6 +102,7 @@ HOUSE = {
     ],
     "codec": ["word", "chunk_codec", "extent", "erasure"],
     "sidecar": [
+        "file_names",
         "layout",
         "framing",
         "chunk_index",

@@ -13,7 +13,7 @@ from mmsplit.checkpoint.file_reader import IoMode
 from mmsplit.checkpoint.range_reads import RangeReads
 from mmsplit.checkpoint.shard_layout import read_shard_layout
 from mmsplit.checkpoint.storage import Identity, RangeReader, ShardReaders, Storage
-from mmsplit.checkpoint.tensor import ByteRange, ShardForm, ShardLayout, TensorInfo, TensorView
+from mmsplit.checkpoint.tensor import ByteRange, ShardForm, ShardLayout, TensorInfo, TensorView, total_size
 from mmsplit.errors import CheckpointError, IndexMismatchError, MissingShardError
 
 CONFIG_NAME: Final = "config.json"
@@ -67,8 +67,8 @@ class Checkpoint:
         self.index_bytes = files.index_bytes
         self.notes = notes
         self.model_id, self.revision = files.storage.model
-        self.total_bytes = sum(tensor.size_bytes for tensor in tensors.values())
-        self.total_params = sum(tensor.params for tensor in tensors.values())
+        self.total_bytes = total_size(tensors.values())
+        self.total_params = sum([tensor.params for tensor in tensors.values()])
         self._shard_by_name = {shard.name: shard for shard in shards}
 
     def __repr__(self) -> str:

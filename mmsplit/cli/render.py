@@ -6,12 +6,13 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import click
 
-from mmsplit.planning import PlannedPartition
-from mmsplit.sidecar.partition_reader import Fault
+if TYPE_CHECKING:  # every command prints, few read payloads: numpy alone takes 0.1 s to import
+    from mmsplit.planning import PlannedPartition
+    from mmsplit.sidecar.partition_reader import Fault
 
 #: Longest text in a cell of a table, in characters.
 _CELL_LIMIT: Final = 120

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
 from mmsplit.layers.crosscheck import depth_notes
@@ -28,9 +29,10 @@ class _Draft:
     index: int | None
     tensors: list[str]
 
-    def suffix(self, name: str) -> str:
-        """Return a tensor's name without the layer's, and all of it where parallel lists share no prefix."""
-        return name.removeprefix(self.name)
+    def suffixes(self) -> list[str]:
+        """Return the tensors' names without the layer's, and all of it where parallel lists share no prefix."""
+        prefix = self.name
+        return [name.removeprefix(prefix) for name in self.tensors]
 
 
 def build_layer_map(tensor_names: Iterable[str], config: Mapping[str, object] | None = None) -> LayerMap:
@@ -120,12 +122,11 @@ def _in_order(drafts: Sequence[_Draft]) -> Iterator[Layer]:
 
     The layers of a stack share their suffixes: each is ranked once, and layers are sorted by small integers.
     """
-    suffixes: set[str] = set()
-    for draft in drafts:
-        suffixes.update(map(draft.suffix, draft.tensors))
-    ranks = {suffix: rank for rank, suffix in enumerate(sorted(suffixes, key=lambda s: (tensor_key(s), s)))}
-    for draft in drafts:
-        tensors = sorted(draft.tensors, key=lambda name: ranks[draft.suffix(name)])
+    suffixes = [draft.suffixes() for draft in drafts]
+    distinct = sorted(set(chain.from_iterable(suffixes)), key=lambda suffix: (tensor_key(suffix), suffix))
+    rank_of = {suffix: rank for rank, suffix in enumerate(distinct)}.__getitem__
+    for draft, own in zip(drafts, suffixes, strict=True):
+        tensors = [name for _, name in sorted(zip(map(rank_of, own), draft.tensors, strict=True))]
         yield Layer(draft.name, draft.layer_type or "other", draft.stack, draft.index, tuple(tensors))
 
 

@@ -73,7 +73,12 @@ def split_by_index(names: Iterable[str], start: int) -> tuple[list[str], dict[st
     plain: list[str] = []
     members: dict[str, list[str]] = {}
     search = _INDEX.search
+    below: list[str] = []
+    inside = ""  # what the names of the member before begin with: they mostly come together
     for name in names:
+        if inside and name.startswith(inside):
+            below.append(name)
+            continue
         found = search(name, start)
         if found is None:
             plain.append(name)
@@ -86,11 +91,9 @@ def split_by_index(names: Iterable[str], start: int) -> tuple[list[str], dict[st
                 continue
             end = span[1]
         prefix = name[:end]
-        below = members.get(prefix)
-        if below is None:
-            members[prefix] = [name]
-        else:
-            below.append(name)
+        below = members.setdefault(prefix, [])
+        below.append(name)
+        inside = f"{prefix}."
     lists: dict[str, NumberedList] = {}
     for prefix, below in members.items():
         path = prefix[: max(prefix.rfind("."), prefix.rfind("_"), 0)]
@@ -104,11 +107,7 @@ def split_by_index(names: Iterable[str], start: int) -> tuple[list[str], dict[st
 def _children_of(member: str, names: Iterable[str]) -> set[str]:
     """Return the first components below a member's prefix that are modules, not parameters."""
     start = len(member) + 1
-    found = set()
-    for name in names:
-        stop = name.find(".", start)
-        if stop != -1:
-            found.add(name[start:stop])
+    found = {name[start:stop] for name in names if (stop := name.find(".", start)) != -1}
     return {child for child in found if not ends_module(child)}
 
 

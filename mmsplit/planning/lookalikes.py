@@ -31,13 +31,16 @@ class Lookalike(NamedTuple):
 def find_lookalikes(layers: Sequence[PlannedLayer]) -> list[list[Lookalike]]:
     """Return groups of two tensors or more that may be equal, in the order of the layers."""
     stored = [layer for layer in layers if layer.alias is None]
-    beside: Counter[str] = Counter()  # how many names each module has
+    outside = [layer for layer in stored if layer.stack is None]
+    modules = {_module(tensor.name) for layer in outside for tensor in layer.tensors}
+    beside: Counter[str] = Counter()  # how many names each of these modules has; of others it does not matter
     for layer in stored:
         names = [tensor.name for tensor in layer.tensors] + [view.name for view in layer.views]
-        beside.update(_module(name) for name in names if not name.endswith(".bias"))
+        found = [module for name in names if (module := name.rpartition(".")[0]) in modules and name[-5:] != ".bias"]
+        beside.update(found)
     groups: dict[tuple[str, tuple[int, ...]], list[Lookalike]] = {}
-    for layer in stored:
-        for tensor in () if layer.stack is not None else layer.tensors:
+    for layer in outside:
+        for tensor in layer.tensors:
             least = 1 if layer.layer_type in _ENDS else _LEAST_BYTES
             alone = tensor.name.endswith(".weight") and beside[_module(tensor.name)] == 1
             if tensor.size_bytes >= least and alone and not tensor.hidden:

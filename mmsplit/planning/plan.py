@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from mmsplit.checkpoint import ByteRange, Shard, TensorInfo, TensorView
 from mmsplit.checkpoint.cover import first_byte_not_covered_once
+from mmsplit.checkpoint.tensor import total_size
 from mmsplit.errors import PlanError, RequestError
 from mmsplit.planning.memory_needs import MemoryRequest, Needs
 from mmsplit.planning.nodes import Node
@@ -39,12 +40,12 @@ class PlannedLayer(NamedTuple):
     @property
     def total_params(self) -> int:
         """Number of elements this partition stores for the layer."""
-        return sum(tensor.params for tensor in self.tensors) if self.stored else 0
+        return sum([tensor.params for tensor in self.tensors]) if self.stored else 0
 
     @property
     def total_bytes(self) -> int:
         """Raw bytes this partition stores for the layer."""
-        return sum(tensor.size_bytes for tensor in self.tensors) if self.stored else 0
+        return total_size(self.tensors) if self.stored else 0
 
     def as_json(self) -> dict[str, object]:
         """Return the layer as `plan --json` and `inspect --json` show it."""
@@ -256,24 +257,15 @@ def require_every_byte_accounted_for(
 
     Raises `PlanError` on the first byte that is not.
     """
-    placed: dict[str, TensorInfo] = {}
-    several: dict[str, list[TensorInfo]] = {}  # few; a list for each of 100,000 tensors would take its time
+    planned: list[TensorInfo] = []
     for part in partitions:
         for layer in part.layers:
             if layer.alias is None:
-                for tensor in layer.tensors:
-                    if not layer.stored:
-                        raise PlanError("tensor is stored nowhere", tensor=tensor.name)
-                    if tensor.name in placed:
-                        several.setdefault(tensor.name, [placed[tensor.name]]).append(tensor)
-                    else:
-                        placed[tensor.name] = tensor
-    for name, tensor in tensors.items():  # said here for tensors without bytes, too
-        found = placed.pop(name, None)
-        if found is not tensor or name in several:
-            require_whole(tensor, several.get(name) or ([] if found is None else [found]))
-    for name in placed:
-        raise PlanError("tensor is not of this checkpoint", tensor=name)
+                if layer.tensors and not layer.stored:
+                    raise PlanError("tensor is stored nowhere", tensor=layer.tensors[0].name)
+                planned += layer.tensors
+    if len(planned) != len(tensors) or {tensor.name: tensor for tensor in planned} != tensors:
+        _require_each_whole(planned, tensors)  # some are cut, or something is wrong
     ranges: dict[str, list[ByteRange]] = {shard.name: list(shard.kept) for shard in shards}
     for tensor in tensors.values():
         ranges[tensor.shard].append((tensor.start_offset, tensor.stop_offset))
@@ -283,3 +275,13 @@ def require_every_byte_accounted_for(
         offset = first_byte_not_covered_once(ranges[shard.name], shard.size_bytes)
         if offset is not None:
             raise PlanError("byte of the source has no place in the plan, or two", path=shard.location, offset=offset)
+
+
+def _require_each_whole(planned: Iterable[TensorInfo], tensors: Mapping[str, TensorInfo]) -> None:
+    placed: dict[str, list[TensorInfo]] = {}
+    for tensor in planned:
+        placed.setdefault(tensor.name, []).append(tensor)
+    for name, tensor in tensors.items():  # said here for tensors without bytes, too
+        require_whole(tensor, placed.pop(name, []))
+    for name in placed:
+        raise PlanError("tensor is not of this checkpoint", tensor=name)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final, Literal, TypeAlias, get_args
 
 from mmsplit.checkpoint import Checkpoint, TensorInfo
+from mmsplit.checkpoint.tensor import total_size
 from mmsplit.errors import PlanError
 from mmsplit.layers import Layer
 from mmsplit.planning.assignment import Load, assign_contiguous
@@ -90,15 +91,15 @@ def unit_load(arrangement: Arrangement, tensors: Mapping[str, TensorInfo], by: B
     """Return the load of any run of units in what `by` counts."""
     any_block = any(unit.layer.stack is not None for unit in arrangement.units)
 
-    def size(tensor: TensorInfo) -> int:
-        return tensor.params if by == "params" else tensor.size_bytes
+    def total(tensors: Iterable[TensorInfo]) -> int:
+        return sum([tensor.params for tensor in tensors]) if by == "params" else total_size(tensors)
 
     def cost(layer: Layer) -> int:
         if by == "layers":
             return int(layer.stack is not None or not any_block)
-        return sum(size(tensors[name]) for name in layer.tensors)
+        return total(map(tensors.__getitem__, layer.tensors))
 
-    return arrangement.load(cost, (lambda _: 0) if by == "layers" else size)
+    return arrangement.load(cost, (lambda tensor: 0 if by == "layers" else total((tensor,))))
 
 
 def _shares(request: PlanRequest, unit_count: int) -> tuple[Fraction, ...]:
@@ -173,7 +174,7 @@ def _first_of_boundaries(boundaries: Sequence[str], names: Sequence[str]) -> tup
 
 def _planned(unit: Unit, tensors: Mapping[str, TensorInfo]) -> PlannedLayer:
     layer = unit.layer
-    infos = tuple(tensors[name] for name in layer.tensors)
+    infos = tuple(map(tensors.__getitem__, layer.tensors))
     return PlannedLayer(layer.name, layer.layer_type, layer.stack, layer.block_index, infos, views=unit.views)
 
 

@@ -120,10 +120,10 @@ def _units(layer_map: LayerMap, ties: Sequence[Tie], views: Mapping[str, TensorV
 
 
 def _unit(layer: Layer, views: Mapping[str, TensorView], position: int) -> Unit:
+    if views.keys().isdisjoint(layer.tensors):
+        return Unit(layer)
     own = tuple(name for name in layer.tensors if name not in views)
     seen = [views[name] for name in layer.tensors if name in views]
-    if not seen:
-        return Unit(layer)
     inside = tuple(view for view in seen if view.base in own)
     outside = [view for view in seen if view.base not in own]
     uses = []

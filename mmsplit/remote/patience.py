@@ -6,7 +6,6 @@ import math
 import random
 import time
 from collections.abc import Callable
-from email.utils import parsedate_to_datetime
 from typing import Final, NamedTuple, NoReturn
 
 from mmsplit.errors import NetworkError
@@ -129,6 +128,8 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
     value = value.strip()
     if value.isascii() and value.isdigit():
         return float(value[:12])
+    from email.utils import parsedate_to_datetime  # and with it sockets: rarely needed, long to import
+
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - now)
     except (ValueError, OverflowError, TypeError):

@@ -21,6 +21,7 @@ import xxhash
 from mmsplit.durable import make_directory
 from mmsplit.errors import MmsplitError, NoSpaceError, OutputError, OutputExistsError, OutputLockedError
 from mmsplit.regular_files import read_regular
+from mmsplit.sidecar.file_names import STATE_NAME as STATE_NAME
 from mmsplit.sidecar.framing import MAGIC
 from mmsplit.sidecar.layout import DATA_START
 from mmsplit.sidecar.manifest import manifest_name, parse_manifest, payload_name
@@ -28,7 +29,6 @@ from mmsplit.sidecar.output_files import PARTIAL_SUFFIX, output_errors, sync_dir
 from mmsplit.sidecar.parity_layout import PARITY_MAGIC, PARITY_SUFFIX
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest, parse_set_manifest
 
-STATE_NAME: Final = "unfinished_split.json"
 STATE_FORMAT: Final = "mmsplit-unfinished"
 #: What is in the set's directory while its partitions are deleted by a merge.
 UNFINISHED_MERGE_NAME: Final = "unfinished_merge.json"

@@ -16,12 +16,12 @@ from mmsplit.checkpoint.weights_index import folded_name
 from mmsplit.codec import CODEC_NAMES
 from mmsplit.digests import sha256_of
 from mmsplit.errors import IntegrityError
+from mmsplit.sidecar.file_names import SET_MANIFEST_NAME as SET_MANIFEST_NAME
 from mmsplit.sidecar.framing import FORMAT_VERSION, require_version
 from mmsplit.sidecar.json_fields import Fields, load_json_object
 from mmsplit.sidecar.manifest import manifest_name, payload_name
 
 SET_FORMAT: Final = "mmsplit-set"
-SET_MANIFEST_NAME: Final = "partition_set.json"
 #: Kept bytes (a header, an index) are decompressed only up to this size.
 _MAX_KEPT_BYTES: Final = 512 << 20
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mmsplit.checkpoint import Checkpoint
 from mmsplit.planning import PlannedLayer, checkpoint_layers
 from mmsplit.remote.source import HubOptions, hub_address_of, open_source
-from mmsplit.sidecar.manifest import Manifest
-from mmsplit.sidecar.output_directory import STATE_NAME
-from mmsplit.sidecar.partition_reader import open_partition_files
-from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest
-from mmsplit.sidecar.set_reader import missing_partitions, read_set_manifest
+from mmsplit.sidecar.file_names import SET_MANIFEST_NAME, STATE_NAME
+
+if TYPE_CHECKING:
+    from mmsplit.sidecar.manifest import Manifest
+    from mmsplit.sidecar.set_manifest import SetManifest
 
 
 class CheckpointInfo(NamedTuple):
@@ -126,11 +126,16 @@ def inspect(
 
 
 def _inspect_partitions(path: Path) -> PartitionInfo | SetInfo | None:
+    # Imported where there is a set: its readers need numpy, whose import would take a tenth of looking at a checkpoint.
     if (path / SET_MANIFEST_NAME).exists() or path.name == SET_MANIFEST_NAME or (path / STATE_NAME).exists():
+        from mmsplit.sidecar.set_reader import missing_partitions, read_set_manifest
+
         root = path if path.is_dir() else path.parent
         manifest = read_set_manifest(root)
         return SetInfo(root, manifest, missing_partitions(root, manifest))
     if path.name.startswith("partition_") and path.suffix in (".json", ".bin"):
+        from mmsplit.sidecar.partition_reader import open_partition_files
+
         with open_partition_files(path, "pread") as partition:
             return PartitionInfo(partition.path, partition.manifest, partition.reader.size_bytes)
     return None
