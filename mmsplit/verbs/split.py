@@ -102,7 +102,7 @@ def split(
     with ExitStack() as stack:
         consumed, record, left = None, None, None
         if consume:
-            directory = _consumable_directory(source, hub, only, source_sha256, parity)
+            directory = _consumable_directory(source, hub, only, source_sha256)
             consumed = stack.enter_context(ConsumedDirectory(directory))
         if consume and existing != "force":
             record = read_consumed(Path(output))
@@ -172,13 +172,8 @@ def _consumable_directory(
     hub: HubOptions,
     only: Collection[int] | None,
     source_sha256: bool,
-    parity: float | None,
 ) -> Path:
     """Return the directory whose shards are to be deleted.  Raises `RequestError` for what cannot be consumed."""
-    if parity is not None:
-        raise RequestError(
-            "parity is more than was foretold of the disk", hint="Add it when the split is finished: mmsplit parity."
-        )
     if only is not None:
         raise RequestError(
             "--only writes a part: no shard can be deleted for it", hint="Leave --only or --consume out."
