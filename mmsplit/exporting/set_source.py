@@ -10,14 +10,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Final
 
-from mmsplit.checkpoint import IoMode, LocalStorage, Scratch, TensorView, aligned_buffer
+from mmsplit.checkpoint import IoMode, LocalStorage, Scratch, aligned_buffer
 from mmsplit.checkpoint.checkpoint import CONFIG_NAME, read_config
 from mmsplit.checkpoint.directory import find_small_files
-from mmsplit.checkpoint.strided import is_contiguous
 from mmsplit.codec import ChunkDecoder
 from mmsplit.errors import IntegrityError, RequestError
 from mmsplit.exporting.elements import iter_elements
-from mmsplit.exporting.tensor import ExportTensor, partition_of
+from mmsplit.exporting.tensor import ExportTensor, partition_of, shows_all
 from mmsplit.merging.span import BlockSink, StoredSpan, StoredTensor, iter_chunks, iter_stored
 from mmsplit.planning import sorted_part_ids
 from mmsplit.sidecar.manifest import manifest_name
@@ -49,7 +48,9 @@ class SetSource:
         """Open the partitions asked for, all of the set for None.
 
         Without a set manifest single partitions will do, if it is said which.  With `root_digest`, of which the set
-        manifest must be, all is held to its digest, each chunk before it is decoded.  Raises `FormatError`, `IntegrityError`,
+        manifest must be, all is held to its digest, each chunk before it is decoded.
+
+        Raises `FormatError`, `IntegrityError`,
         `MissingPartitionError`, or `RequestError` for a partition that there is not.
         """
         root, only = resolve_set_path(path)
@@ -87,7 +88,7 @@ class SetSource:
     def _iter_pieces(self, tensors: Sequence[ExportTensor]) -> Iterator[memoryview | StoredTensor]:
         for tensor in tensors:
             stored = self._place(tensor)
-            if tensor.view is None or _shows_all(tensor.view, tensor.size_bytes, stored[1].size_bytes):
+            if shows_all(tensor, stored[1].size_bytes):
                 yield stored
             else:
                 yield from iter_elements(tensor, _RawBytes(stored).lend)
@@ -111,10 +112,6 @@ class SetSource:
 
     def _place(self, tensor: ExportTensor) -> StoredTensor:
         return self._places[tensor.part_id, tensor.stored_name]
-
-
-def _shows_all(view: TensorView, size_bytes: int, stored_bytes: int) -> bool:
-    return size_bytes == stored_bytes and view.offset_bytes == 0 and is_contiguous(view.shape, view.stride)
 
 
 class _RawBytes:

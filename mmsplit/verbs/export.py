@@ -19,6 +19,7 @@ from mmsplit.exporting.weight_files import DEFAULT_SHARD_BYTES
 from mmsplit.planning import By, NodeRequest, PlanRequest, Rule, SplitBy, TiedMode, plan_for_nodes_or_parts
 from mmsplit.remote.source import HubOptions, hub_address_of, open_source
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory
+from mmsplit.splitting import fold_equal_tensors
 from mmsplit.workers import ProgressCallback, thread_count
 
 #: Forms of an export.
@@ -147,6 +148,8 @@ def export(
         if not is_planned and part_ids is None:
             request = PlanRequest(num_parts=1, tied=tied)
         checkpoint = open_source(source, hub, allow_unknown_dtypes=allow_unknown_dtypes)
+        # As a split does: machines that export their own partitions, and those that split, must agree on the plan.
+        checkpoint = fold_equal_tensors(checkpoint, io, progress)
         plan = plan_for_nodes_or_parts(checkpoint, request, nodes)
         opened = CheckpointSource(checkpoint, plan, part_ids, io)
     with closing(opened):

@@ -287,7 +287,8 @@ def refusals(root: Path, digest: str | None, out: Path) -> list[str]:
 
 
 EVERYTHING = [
-    "verify", "verify one", "open_set", "open_partition", "export", "export one", "merge", "repartition", "pull", "repair",
+    "verify", "verify one", "open_set", "open_partition", "export", "export one", "merge",
+    "repartition", "pull", "repair",
 ]  # fmt: skip
 
 
