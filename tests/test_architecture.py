@@ -159,6 +159,7 @@ HOUSE = {
         "export_record",
         "export_run",
     ],
+    "loading": ["arrays", "partition", "partition_set"],
     "splitting": [
         "equal_tensors",
         "source_set",
