@@ -57,13 +57,15 @@ if TYPE_CHECKING:
     from mmsplit.exporting.parameters_reader import load_partition_json
     from mmsplit.hub_model import HubModel
     from mmsplit.layers import Layer, LayerMap, build_layer_map
+    from mmsplit.loading.partition import Partition
+    from mmsplit.loading.partition_set import PartitionSet
     from mmsplit.planning import Plan
     from mmsplit.remote.source import HubOptions, open_source
     from mmsplit.sidecar.scrub_run import Scrub
     from mmsplit.verbs.download import DownloadResult, download
     from mmsplit.verbs.export import ExportResult, export
     from mmsplit.verbs.inspect import inspect
-    from mmsplit.verbs.load import Partition, PartitionSet, open_partition, open_set
+    from mmsplit.verbs.load import open_partition, open_set
     from mmsplit.verbs.merge import MergeResult, merge
     from mmsplit.verbs.parity import ParityResult, parity
     from mmsplit.verbs.plan import plan
@@ -109,13 +111,15 @@ _HOMES = {
     "mmsplit.exporting.parameters_reader": ("load_partition_json",),
     "mmsplit.hub_model": ("HubModel",),
     "mmsplit.layers": ("Layer", "LayerMap", "build_layer_map"),
+    "mmsplit.loading.partition": ("Partition",),
+    "mmsplit.loading.partition_set": ("PartitionSet",),
     "mmsplit.planning": ("Plan",),
     "mmsplit.remote.source": ("HubOptions", "open_source"),
     "mmsplit.sidecar.scrub_run": ("Scrub",),
     "mmsplit.verbs.download": ("DownloadResult", "download"),
     "mmsplit.verbs.export": ("ExportResult", "export"),
     "mmsplit.verbs.inspect": ("inspect",),
-    "mmsplit.verbs.load": ("Partition", "PartitionSet", "open_partition", "open_set"),
+    "mmsplit.verbs.load": ("open_partition", "open_set"),
     "mmsplit.verbs.merge": ("MergeResult", "merge"),
     "mmsplit.verbs.parity": ("ParityResult", "parity"),
     "mmsplit.verbs.plan": ("plan",),

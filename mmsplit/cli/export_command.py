@@ -8,7 +8,7 @@ import click
 
 from mmsplit.checkpoint import IoMode
 from mmsplit.cli.node_options import node_options
-from mmsplit.cli.options import PART_IDS, PATH, json_option, planning_options, work_options
+from mmsplit.cli.options import PART_IDS, PATH, json_option, planning_options, root_option, work_options
 from mmsplit.cli.progress import ProgressDisplay
 from mmsplit.cli.render import echo, echo_json, notes, size, table
 from mmsplit.cli.source_options import chosen_source, hub_of, hub_options, model_id_option, source_argument
@@ -46,6 +46,7 @@ from mmsplit.verbs.plan import read_rules
 @click.option("--resume", is_flag=True, help="Keep files of the same export that are there and right, make the rest.")
 @click.option("--force", is_flag=True, help="Replace what an earlier export wrote to the output.")
 @click.option("-y", "--yes", is_flag=True, help=f"Write more than {size(DEFAULT_JSON_BYTES)} of JSON.")
+@root_option
 @planning_options
 @node_options
 @model_id_option()
@@ -62,6 +63,7 @@ def export_command(
     resume: bool,
     force: bool,
     yes: bool,
+    root_digest: str | None,
     num_parts: int | None,
     split_by: SplitBy,
     rules_file: Path | None,
@@ -108,6 +110,7 @@ def export_command(
             max_bytes=None if yes else DEFAULT_JSON_BYTES,
             on_estimate=lambda estimate: click.echo(f"about {size(estimate)} of JSON", err=True),
             existing=existing,
+            root_digest=root_digest,
             threads=threads,
             io=io,
             hub=hub_of(revision, cache_dir, token, connections)._replace(keep_source=keep_source),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from mmsplit.checkpoint import (
 )
 from mmsplit.codec import ChunkDecoder
 from mmsplit.exporting.elements import iter_elements
-from mmsplit.exporting.tensor import ExportTensor, partition_of
+from mmsplit.exporting.tensor import ExportTensor, partition_of, shows_all
 from mmsplit.merging.span import BlockSink, Span, iter_stored
 from mmsplit.planning import Plan, sorted_part_ids
 from mmsplit.planning import iter_stored as iter_stored_tensors
@@ -84,9 +84,9 @@ class CheckpointSource:
 
     def iter_spans(self, sink: BlockSink, start: int, tensors: Sequence[ExportTensor]) -> Iterator[Span]:
         """Yield the spans of tensors that follow each other in the file from `start` on."""
-        for is_stored, run in groupby(tensors, key=lambda tensor: tensor.view is None):
+        for is_whole, run in groupby(tensors, key=lambda tensor: shows_all(tensor, self._place(tensor).size_bytes)):
             group = tuple(run)
-            if is_stored:
+            if is_whole:
                 spans = self._iter_spans(sink, start, group)
                 yield from iter_with_read_ahead(spans, self._readers, lambda span: (span.source,))
             else:
@@ -96,8 +96,7 @@ class CheckpointSource:
     def _iter_views(self, tensors: Sequence[ExportTensor]) -> Iterator[memoryview]:
         for tensor in tensors:
             info = self._place(tensor)
-            # A reader of its own: that of a network tells what was announced by where it starts, and views overlap.
-            with closing(self._checkpoint.open_shard(info.shard, self._io)) as reader:
+            with self._readers.lend(info.shard) as reader:
                 yield from iter_elements(tensor, partial(_lend, reader, info.start_offset, Scratch()))
 
     def _iter_spans(self, sink: BlockSink, start: int, tensors: Sequence[ExportTensor]) -> Iterator[SourceSpan]:

@@ -10,21 +10,20 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Final
 
-from mmsplit.checkpoint import IoMode, LocalStorage, Scratch, TensorView, aligned_buffer
+from mmsplit.checkpoint import IoMode, LocalStorage, Scratch, aligned_buffer
 from mmsplit.checkpoint.checkpoint import CONFIG_NAME, read_config
 from mmsplit.checkpoint.directory import find_small_files
-from mmsplit.checkpoint.strided import is_contiguous
 from mmsplit.codec import ChunkDecoder
 from mmsplit.errors import IntegrityError, RequestError
 from mmsplit.exporting.elements import iter_elements
-from mmsplit.exporting.tensor import ExportTensor, partition_of
+from mmsplit.exporting.tensor import ExportTensor, partition_of, shows_all
 from mmsplit.merging.span import BlockSink, StoredSpan, StoredTensor, iter_chunks, iter_stored
 from mmsplit.planning import sorted_part_ids
 from mmsplit.sidecar.manifest import manifest_name
 from mmsplit.sidecar.output_files import sha256_of_file
 from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files, require_partition
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest
-from mmsplit.sidecar.set_reader import open_partition_of_set, read_set_manifest, resolve_set_path
+from mmsplit.sidecar.set_reader import entry_of_file, open_partition_of_set, read_set_manifest, resolve_set_path
 
 _PARTITION: Final = re.compile(r"^partition_(?:set\.json|\d+\.(?:json|bin))$", re.ASCII)
 
@@ -43,18 +42,24 @@ class SetSource:
 
     most_lanes = None
 
-    def __init__(self, path: Path, part_ids: Collection[int] | None, io: IoMode) -> None:
+    def __init__(
+        self, path: Path, part_ids: Collection[int] | None, io: IoMode, root_digest: str | None = None
+    ) -> None:
         """Open the partitions asked for, all of the set for None.
 
-        Without a set manifest single partitions will do, if it is said which.  Raises `FormatError`, `IntegrityError`,
+        Without a set manifest single partitions will do, if it is said which.  With `root_digest`, of which the set
+        manifest must be, all is held to its digest, each chunk before it is decoded.
+
+        Raises `FormatError`, `IntegrityError`,
         `MissingPartitionError`, or `RequestError` for a partition that there is not.
         """
         root, only = resolve_set_path(path)
         manifest = None
-        if (root / SET_MANIFEST_NAME).exists() or (only is None and part_ids is None):
-            manifest = read_set_manifest(root)
+        is_bound = root_digest is not None
+        if is_bound or (root / SET_MANIFEST_NAME).exists() or (only is None and part_ids is None):
+            manifest = read_set_manifest(root, root_digest)
         with ExitStack() as stack:
-            opened = _open_partitions(root, manifest, _wanted(only, part_ids, manifest), io, stack)
+            opened = _open_partitions(root, manifest, _wanted(only, part_ids, manifest), io, stack, is_bound=is_bound)
             self._close = stack.pop_all().close
         first = opened[0].manifest
         self.directory = root
@@ -83,7 +88,7 @@ class SetSource:
     def _iter_pieces(self, tensors: Sequence[ExportTensor]) -> Iterator[memoryview | StoredTensor]:
         for tensor in tensors:
             stored = self._place(tensor)
-            if tensor.view is None or _shows_all(tensor.view, tensor.size_bytes, stored[1].size_bytes):
+            if shows_all(tensor, stored[1].size_bytes):
                 yield stored
             else:
                 yield from iter_elements(tensor, _RawBytes(stored).lend)
@@ -107,10 +112,6 @@ class SetSource:
 
     def _place(self, tensor: ExportTensor) -> StoredTensor:
         return self._places[tensor.part_id, tensor.stored_name]
-
-
-def _shows_all(view: TensorView, size_bytes: int, stored_bytes: int) -> bool:
-    return size_bytes == stored_bytes and view.offset_bytes == 0 and is_contiguous(view.shape, view.stride)
 
 
 class _RawBytes:
@@ -165,19 +166,24 @@ def _wanted(
 
 
 def _open_partitions(
-    root: Path, manifest: SetManifest | None, wanted: Sequence[Path | int], io: IoMode, stack: ExitStack
+    root: Path,
+    manifest: SetManifest | None,
+    wanted: Sequence[Path | int],
+    io: IoMode,
+    stack: ExitStack,
+    *,
+    is_bound: bool,
 ) -> list[OpenPartition]:
     opened: list[OpenPartition] = []
     for which in wanted:
-        if manifest is None or isinstance(which, Path):
+        if manifest is not None:  # also one that is named by its path is held to the set that it lies in
+            part_id = entry_of_file(manifest, which).part_id if isinstance(which, Path) else which
+            part = stack.enter_context(open_partition_of_set(root, manifest, part_id, io, is_bound=is_bound))
+        else:
             if not isinstance(which, Path):
                 require_partition(root, which)
             path = which if isinstance(which, Path) else root / manifest_name(which)
             part = stack.enter_context(open_partition_files(path, io))
-            if manifest is not None:  # named by its path: held to the set that it lies in
-                part = stack.enter_context(open_partition_of_set(root, manifest, part.manifest.part_id, io))
-        else:
-            part = stack.enter_context(open_partition_of_set(root, manifest, which, io))
         if opened and part.manifest.plan_digest != opened[0].manifest.plan_digest:
             raise IntegrityError(
                 "partitions are not of one plan",

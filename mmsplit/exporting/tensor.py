@@ -191,6 +191,14 @@ def _views(layer: _LayerLike, home: int) -> list[ExportTensor]:
     return found
 
 
+def shows_all(tensor: ExportTensor, stored_bytes: int) -> bool:
+    """Whether a tensor's bytes are those of the stored tensor, of so many, from the first to the last as they lie."""
+    view = tensor.view
+    return view is None or (
+        tensor.size_bytes == stored_bytes and view.offset_bytes == 0 and is_contiguous(view.shape, view.stride)
+    )
+
+
 def state_dict_of(
     partitions: Sequence[ExportPartition], *, ties_restored: bool
 ) -> tuple[tuple[ExportTensor, ...], dict[str, str]]:

@@ -224,7 +224,7 @@ class _HubReader:
 
     @contextmanager
     def borrow(self, start: int, stop: int, scratch: Scratch) -> Iterator[memoryview]:
-        if self._fetcher is not None and self._fetcher.is_announced(self._file.name, start):
+        if self._fetcher is not None and self._fetcher.is_announced(self._file.name, start, stop):
             with self._fetcher.borrow(self._file.name, start, stop) as view:
                 yield view
             return

@@ -63,7 +63,7 @@ class RangeFetcher:
         self._changed = threading.Condition()
         self._files: dict[str, RemoteFile] = {}
         self._waiting: deque[_Request] = deque()
-        self._requests: dict[tuple[str, int], deque[_Request]] = {}
+        self._requests: dict[tuple[str, int, int], deque[_Request]] = {}
         self._free = [memoryview(b"")] * (connections + _SPARE_BUFFERS)
         self._needed_bytes = 0
         self._group: WorkerGroup | None = None
@@ -90,7 +90,7 @@ class RangeFetcher:
             if last is None or last.name != name or not last.join(start, stop):
                 last = _Request(name, start, stop)
                 self._waiting.append(last)
-            self._requests.setdefault((name, start), deque()).append(last)
+            self._requests.setdefault((name, start, stop), deque()).append(last)
             starts = self._group is None
             if self._group is None:
                 self._group = WorkerGroup(self._fail)
@@ -99,10 +99,10 @@ class RangeFetcher:
             for number in range(self._connections):
                 self._group.start(f"fetch-{number}", self._fetch_all)
 
-    def is_announced(self, name: str, start: int) -> bool:
-        """Whether a range that starts there was announced and not borrowed yet."""
+    def is_announced(self, name: str, start: int, stop: int) -> bool:
+        """Whether this very range was announced and not borrowed yet."""
         with self._changed:
-            return (name, start) in self._requests
+            return (name, start, stop) in self._requests
 
     @contextmanager
     def borrow(self, name: str, start: int, stop: int) -> Iterator[memoryview]:
@@ -111,12 +111,12 @@ class RangeFetcher:
         Raises what downloading raised, or `Stopped` after `cancel`.
         """
         with self._changed:
-            requests = self._requests.get((name, start))
+            requests = self._requests.get((name, start, stop))
             if not requests:
                 raise RequestError("range was not announced", path=name, offset=start)
             request = requests.popleft()
             if not requests:
-                del self._requests[name, start]
+                del self._requests[name, start, stop]
             self._changed.wait_for(
                 lambda: self._cancelled or self._failed or request.received_bytes >= stop - request.start
             )

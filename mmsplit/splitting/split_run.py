@@ -12,12 +12,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Final
 
 from mmsplit.checkpoint import Checkpoint, Shard, ShardHasher, ShardRange, ShardReaders, iter_with_read_ahead
 from mmsplit.codec import ENCODER
 from mmsplit.digests import is_sha256
-from mmsplit.errors import IntegrityError, OutputExistsError, SourceChangedError
+from mmsplit.errors import IntegrityError, OutputExistsError
 from mmsplit.planning import Plan
 from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.chunk_copier import ChunkCopier, StoredChunks
@@ -39,24 +40,19 @@ from mmsplit.sidecar.set_reader import open_partition_of_set
 from mmsplit.sidecar.slot_encoder import SlotEncoder
 from mmsplit.sidecar.small_files import copy_small_files, read_small_files, require_free_names
 from mmsplit.splitting.consumer import Consumer
-from mmsplit.splitting.consumption import PartitionBytes
 from mmsplit.splitting.parity_of_split import ParityOfSplit
 from mmsplit.splitting.partition_run import PartitionRun, entry_of
+from mmsplit.splitting.same_source import require_same_shards, require_same_small_files
 from mmsplit.splitting.same_weights import require_same_codec, require_same_weights
-from mmsplit.splitting.slot_jobs import SlotJob, iter_jobs, make_slot, ranges_of, sample_ratio
+from mmsplit.splitting.slot_jobs import SlotJob, iter_jobs, make_slot, ranges_of
 from mmsplit.splitting.source_set import SourceSet
+from mmsplit.splitting.space import SpaceCheck
 from mmsplit.splitting.split_result import SplitOptions, SplitResult
 from mmsplit.splitting.stored_shards import StoredShard, StoredShardHasher, find_stored_shards
 from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup
 
 #: Threads beyond those that encode: while they wait for the disk, the others have work.
 _EXTRA_THREADS: Final = 2
-_SPACE_MARGIN: Final = 1.03
-#: In the JSON and in its copy together.
-_MANIFEST_BYTES_PER_TENSOR: Final = 1024
-#: What a file takes beyond its length, and a manifest beyond its tensors.
-_SMALL_FILE_SLACK_BYTES: Final = 16 << 10
-_STATE_BYTES_PER_SHARD: Final = 1024
 
 
 class SplitRun:
@@ -121,10 +117,14 @@ class SplitRun:
             self._recover(runs)
         self._require_fitting_partitions(runs)
         with self._checkpoint.open_readers(self._options.io) as readers:
-            self._require_space(runs, readers)
+            checked = SpaceCheck(self._checkpoint, self._out, self._options.codec, runs, readers, self._parity)
+            if self._consumer is None:
+                checked.require_space(self._source_set)
+            else:
+                checked.foretell(self._consumer)
             files = read_small_files(self._checkpoint.storage, self._checkpoint.small_files)
             if found == "unfinished":
-                self._require_same_small_files(files)
+                require_same_small_files(self._checkpoint, files, self._out.small_files or {})
             require_free_names(self._out.path, files, self._out.small_files)
             self._out.remove_own_files()
             # The state first: a file that is copied is ours, and a later run must know it.
@@ -231,7 +231,7 @@ class SplitRun:
         """Re-hash what an earlier run left: whole partitions, and the leading slots of unfinished ones."""
         state = self._out.read_state()
         if state:
-            self._require_same_shards(state)
+            require_same_shards(self._checkpoint, state, partial(self._is_same_by_digest, state))
             # Bytes of an earlier run may have come over the network, although the cache has the shards by now.
             self._checks_what_is_stored |= state.get("checks_what_is_stored") is True
         digests, distrusted = state.get("shard_sha256"), state.get("distrusted")
@@ -265,43 +265,16 @@ class SplitRun:
         if not self._is_remote or self._source_set is not None:  # a commit has no other weights
             require_same_weights(self._checkpoint, partition, self._gone)
 
-    def _require_same_shards(self, state: object) -> None:
-        """Raise unless each shard is the very file the earlier run read, or one that the Hub publishes as the same."""
-        fingerprints = state.get("fingerprints") if isinstance(state, dict) else None
-        published = state.get("published") if isinstance(state, dict) else None
-        for shard in self._checkpoint.shards:
-            before = fingerprints.get(shard.name) if isinstance(fingerprints, dict) else None
-            digest = published.get(shard.name) if isinstance(published, dict) else None
-            same_content = digest is not None and digest == self._checkpoint.published_sha256(shard.name)
-            if before != list(shard.identity) and not same_content and not self._is_same_by_digest(state, shard.name):
-                raise SourceChangedError(
-                    "shard is not the one the unfinished split read: it was changed, copied or moved since",
-                    path=shard.location,
-                    expected=f"size, time, inode, device {before}",
-                    found=f"{list(shard.identity)}",
-                    hint="What is finished cannot be trusted to be of this file; use --force to start again.",
-                )
-
-    def _is_same_by_digest(self, state: object, shard: str) -> bool:
+    def _is_same_by_digest(self, state: Mapping[str, object], shard: str) -> bool:
         """Whether a shard of a source that is consumed, copied or moved since, has the SHA-256 that was recorded.
 
         To start again is no way out there: other shards are deleted.
         """
-        digests = state.get("shard_sha256") if isinstance(state, dict) else None
+        digests = state.get("shard_sha256")
         if self._consumer is None or not isinstance(digests, dict) or shard not in digests:
             return False
         found = self._consumer.sha256_of_files([shard], self._options.io, 1)
         return found == {shard: digests[shard]}
-
-    def _require_same_small_files(self, files: Sequence[FileEntry]) -> None:
-        recorded = self._out.small_files or {}
-        for entry in files:
-            if entry.sha256 not in recorded.get(entry.name, (entry.sha256,)):
-                raise SourceChangedError(
-                    "file of the model is not the one the unfinished split copied",
-                    path=self._checkpoint.location_of(entry.name),
-                    hint="Bring it back, or use --force to start again.",
-                )
 
     def _make(self, runs: Sequence[PartitionRun], readers: ShardReaders) -> None:
         """Write what is missing: all in one stream, or, where shards are deleted, partition by partition."""
@@ -449,56 +422,6 @@ class SplitRun:
             self._distrusted.discard(shard)
             self._write_state()
 
-    def _require_space(self, runs: Sequence[PartitionRun], readers: ShardReaders) -> None:
-        """Refuse before the first byte if the set cannot fit; measure the ratio only if the worst case would not."""
-        small = sum(self._checkpoint.storage.file_bytes(name) or 0 for name in self._checkpoint.small_files)
-        extra = small + sum(_manifest_bytes(run) for run in runs)
-        missing = [run for run in runs if not run.writer.is_finished]
-        extra += self._parity.missing_bytes(run.partition.part_id for run in runs if run.writer.is_finished)
-        if self._source_set is not None:
-            needed = sum(run.largest_bytes(self._source_set.stored_bytes(run.slots())) for run in missing)
-            self._out.require_space(needed - sum(run.writer.data_stop for run in missing) + extra, "the partition set")
-            return
-        worst = sum(run.largest_bytes() + self._parity.size_bytes(run.largest_bytes()) for run in missing)
-        free = free_bytes(self._out.path) + self._out.reclaimable_bytes
-        if self._consumer is not None:
-            self._foretell(self._consumer, runs, missing, readers, free)
-            return
-        if free >= worst + extra:
-            return
-        done = sum(run.writer.data_stop for run in missing)
-        ratio = min(1.0, sample_ratio(runs, readers, self._options.codec) * _SPACE_MARGIN)
-        self._out.require_space(int(worst * ratio) - done + extra, "the partition set")
-
-    def _foretell(
-        self,
-        consumer: Consumer,
-        runs: Sequence[PartitionRun],
-        missing: Sequence[PartitionRun],
-        readers: ShardReaders,
-        free: int,
-    ) -> None:
-        sampled = sample_ratio(missing, readers, self._options.codec, self._gone) if missing else 1.0
-        ratio = min(1.0, sampled * _SPACE_MARGIN)
-        todo = []
-        for run in missing:
-            worst, there = run.largest_bytes(), run.writer.data_stop if run.writer.recovered_slots else 0
-            expected = int(worst * ratio)
-            beside = run.journal_bytes + _manifest_bytes(run) + _SMALL_FILE_SLACK_BYTES - there
-            worst += beside + self._parity.size_bytes(worst)
-            todo.append(
-                PartitionBytes(run.partition.part_id, worst, expected + beside + self._parity.size_bytes(expected))
-            )
-        # The state is written beside the one before it; the set manifest says about as much.
-        records = 3 * (consumer.journal_bytes + sum(_STATE_BYTES_PER_SHARD for _ in self._checkpoint.shards))
-        small = sum(
-            (self._checkpoint.storage.file_bytes(name) or 0) + _SMALL_FILE_SLACK_BYTES
-            for name in self._checkpoint.small_files
-        )
-        finished = {run.partition.part_id for run in runs if run.writer.is_finished}
-        base = records + small + _SMALL_FILE_SLACK_BYTES + self._parity.missing_bytes(finished)
-        consumer.foretell(finished, todo, base, free)
-
     def _set_manifest(self, files: tuple[FileEntry, ...]) -> SetManifest:
         checkpoint = self._checkpoint
         index = None if checkpoint.index_name is None else (checkpoint.index_name, KeptBytes.of(checkpoint.index_bytes))
@@ -522,7 +445,3 @@ class SplitRun:
             return known if computed is None else known._replace(sha256=computed, sha256_is_published=False)
         published = self._checkpoint.published_sha256(shard.name)
         return known if published is None else known._replace(sha256=f"sha256:{published}", sha256_is_published=True)
-
-
-def _manifest_bytes(run: PartitionRun) -> int:
-    return sum(len(layer.tensors) for layer in run.partition.layers) * _MANIFEST_BYTES_PER_TENSOR

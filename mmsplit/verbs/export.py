@@ -19,6 +19,7 @@ from mmsplit.exporting.weight_files import DEFAULT_SHARD_BYTES
 from mmsplit.planning import By, NodeRequest, PlanRequest, Rule, SplitBy, TiedMode, plan_for_nodes_or_parts
 from mmsplit.remote.source import HubOptions, hub_address_of, open_source
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory
+from mmsplit.splitting import fold_equal_tensors
 from mmsplit.workers import ProgressCallback, thread_count
 
 #: Forms of an export.
@@ -88,6 +89,7 @@ def export(
     max_bytes: int | None = DEFAULT_JSON_BYTES,
     on_estimate: Callable[[int], None] | None = None,
     existing: Existing = "refuse",
+    root_digest: str | None = None,
     threads: int | None = None,
     io: IoMode = "auto",
     hub: HubOptions | None = None,
@@ -103,6 +105,9 @@ def export(
     of tensors, their index where there are several, and the small files of the model.  `to="json"` writes the numbers
     of each partition as text (see `mmsplit.load_partition_json`); `on_estimate` gets about how many bytes that will be
     before it begins, and it is refused above `max_bytes`, None for no limit.
+
+    With `root_digest` only the set of it is taken, or a partition of that set: everything is held to its digest, each
+    chunk before it is decoded.
 
     `existing` says what to do about an earlier export that is there: "refuse", "resume" (keep files that are right,
     make the rest), or "force", which replaces what that export wrote.  Files that no export wrote are never touched.
@@ -132,11 +137,19 @@ def export(
                 path=source,
                 hint="To cut it anew, give the checkpoint, say its weights index or its .safetensors file.",
             )
-        opened = SetSource(Path(source), part_ids, io)
+        opened = SetSource(Path(source), part_ids, io, root_digest)
     else:
+        if root_digest is not None:
+            raise RequestError(
+                "a root digest is that of a partition set, and this is none",
+                path=str(source) if isinstance(source, str | Path) else source.model_id,
+                hint="Leave --root out, or give the set.",
+            )
         if not is_planned and part_ids is None:
             request = PlanRequest(num_parts=1, tied=tied)
         checkpoint = open_source(source, hub, allow_unknown_dtypes=allow_unknown_dtypes)
+        # As a split does: machines that export their own partitions, and those that split, must agree on the plan.
+        checkpoint = fold_equal_tensors(checkpoint, io, progress)
         plan = plan_for_nodes_or_parts(checkpoint, request, nodes)
         opened = CheckpointSource(checkpoint, plan, part_ids, io)
     with closing(opened):

@@ -29,7 +29,7 @@ from trials import Outcome, Stage, go_on, guarded
 from mmsplit.checkpoint import IoMode
 from mmsplit.errors import MmsplitError, OutputError
 from mmsplit.sidecar import output_directory
-from mmsplit.splitting import split_run
+from mmsplit.splitting import space
 from mmsplit.verbs.split import split
 from mmsplit.verbs.verify import verify
 
@@ -101,7 +101,7 @@ def _space_is_not_asked_for() -> Iterator[None]:
     """Let the disk become full on the way, as if others had filled it since mmsplit looked."""
     with (
         mock.patch.object(output_directory, "free_bytes", return_value=1 << 60),
-        mock.patch.object(split_run, "free_bytes", return_value=1 << 60),
+        mock.patch.object(space, "free_bytes", return_value=1 << 60),
         mock.patch("shutil.disk_usage", return_value=mock.Mock(free=1 << 60)),
     ):
         yield

@@ -136,16 +136,27 @@ def test_neighbours_are_one_request(asked: list[tuple[str, int, int]]) -> None:
     ]
 
 
+def test_two_ranges_from_one_start(asked: list[tuple[str, int, int]]) -> None:
+    """Each is what was announced, whichever is borrowed first: the shorter one does not stand for the longer."""
+    with fetcher(asked) as fetch:
+        fetch.announce("x", 10, 20)
+        fetch.announce("x", 10, 4000)
+        assert not fetch.is_announced("x", 10, 30)
+        for start, stop in ((10, 4000), (10, 20)):
+            with fetch.borrow("x", start, stop) as view:
+                assert view == DATA[start:stop]
+
+
 def test_the_same_range_twice(asked: list[tuple[str, int, int]]) -> None:
     """Announced twice, it can be borrowed twice and not a third time."""
     with fetcher(asked) as fetch:
         for _ in range(2):
             fetch.announce("x", 10, 20)
         for _ in range(2):
-            assert fetch.is_announced("x", 10)
+            assert fetch.is_announced("x", 10, 20)
             with fetch.borrow("x", 10, 20) as view:
                 assert view == DATA[10:20]
-        assert not fetch.is_announced("x", 10)
+        assert not fetch.is_announced("x", 10, 20)
         with pytest.raises(RequestError, match="not announced"), fetch.borrow("x", 10, 20):
             pass
 

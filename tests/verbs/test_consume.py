@@ -34,7 +34,7 @@ from mmsplit.sidecar.layout import Slot
 from mmsplit.sidecar.output_directory import OutputDirectory
 from mmsplit.sidecar.slot_encoder import EncodedSlot, SlotEncoder
 from mmsplit.splitting import consumer as consumer_module
-from mmsplit.splitting import split_run
+from mmsplit.splitting import space, split_run
 from mmsplit.verbs.merge import merge
 from mmsplit.verbs.split import split
 
@@ -350,7 +350,7 @@ def test_refused_for_want_of_space_before_anything_is_written(
     """By what a sample of the weights says; with more than that, it is tried."""
     told: list[DiskForecast] = []
     with monkeypatch.context() as patch:
-        patch.setattr(split_run, "free_bytes", lambda _: 1000)
+        patch.setattr(space, "free_bytes", lambda _: 1000)
         with pytest.raises(NoSpaceError, match="--num-parts") as caught:
             split(model, tmp_path / "set", 3, consume=True, announce=told.append)
     assert caught.value.exit_code == 6

@@ -410,3 +410,32 @@ def test_cut_by_type(tmp_path: Path, tied: str) -> None:
     assert not any(HEAD in names for names in stored_names(result))
     alone = write(tmp_path / "alone", {name: raw for name, raw in decoder().items() if name != HEAD})
     assert cuts(mmsplit.plan(alone, split_by="type", tied=tied)) == cuts(result.plan)
+
+
+@pytest.mark.parametrize("dtype", ["I16", "F4"])
+@pytest.mark.parametrize("config", [TIED, NOT_TIED], ids=["tied", "not tied"])
+@pytest.mark.parametrize(
+    "cut", [*({"num_parts": 3, "tied": tied} for tied in MODES), {"split_by": "type"}], ids=[*MODES, "type"]
+)
+def test_an_export_from_the_source_is_that_of_the_set(
+    tmp_path: Path, cut: dict[str, object], config: bytes, dtype: str
+) -> None:
+    """Machines that export their own partitions must mean the same by a partition as those that split."""
+    ends = Raw(dtype, (4, 48 * 8 // DTYPES[dtype].bits), data_of(192, 200, 1))
+    up = Raw("I16", (64,), data_of(128, 200, 2))
+    tensors = {
+        EMBEDDING: ends,
+        "model.layers.0.mlp.up_proj.weight": up,
+        "model.layers.1.mlp.up_proj.weight": up,
+        HEAD: ends,
+    }
+    source = write(tmp_path / "model", tensors, config=config)
+    made = mmsplit.split(source, tmp_path / "set", **cut)
+    for attempt, part_ids in enumerate([None, *([k] for k in range(made.plan.num_parts))]):
+        for to in ("safetensors", "json") if dtype == "I16" else ("safetensors",):
+            there = []
+            for side, found in (("set", tmp_path / "set"), ("source", source)):
+                out = tmp_path / f"{side}-{to}-{attempt}"
+                mmsplit.export(found, out, part_ids=part_ids, to=to, **({} if side == "set" else cut))
+                there.append({name: data for name, data in tree(out).items() if name != "mmsplit_export.json"})
+            assert there[0] == there[1]

@@ -599,6 +599,21 @@ def test_json_has_every_number(made_of_numbers: Path, numbers: Path, tmp_path: P
                 assert len(written["parameters"]) == expected.size
 
 
+def test_a_root_digest_is_that_of_a_set(source: Path, tmp_path: Path) -> None:
+    """A checkpoint has none; a partition on its own, without the set manifest, is bound by nothing."""
+    made = split(source, tmp_path / "set", 2)
+    assert made.root_digest is not None
+    with pytest.raises(RequestError, match="partition set"):
+        export(source, tmp_path / "out", root_digest=made.root_digest)
+    with pytest.raises(IntegrityError, match="root digest"):
+        export(tmp_path / "set", tmp_path / "out", root_digest=f"sha256:{'0' * 64}")
+    (tmp_path / "set" / "partition_set.json").unlink()
+    for path, part_ids in (("set/partition_1.json", None), ("set", [1])):
+        with pytest.raises(FormatError, match="nothing here ties"):
+            export(tmp_path / path, tmp_path / "out", part_ids=part_ids, root_digest=made.root_digest)
+    assert not (tmp_path / "out").exists()
+
+
 def test_json_says_what_it_rounds(tmp_path: Path) -> None:
     """Numbers that float32 does not have are a note that names the tensor."""
     source = write_checkpoint(tmp_path / "model", [[Weight("model.layers.0.w", "I64", (9,), 256)]])

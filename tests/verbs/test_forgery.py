@@ -35,6 +35,7 @@ from mmsplit.sidecar.partition_reader import open_partition_files
 from mmsplit.sidecar.payload_tail import pack_tail
 from mmsplit.sidecar.scrub_run import Scrub
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME
+from mmsplit.verbs.export import export
 from mmsplit.verbs.load import open_partition, open_set
 from mmsplit.verbs.merge import merge
 from mmsplit.verbs.pull import pull
@@ -266,6 +267,8 @@ def refusals(root: Path, digest: str | None, out: Path) -> list[str]:
         "verify one": lambda: require_ok(root / "partition_0.json"),
         "open_set": lambda: read_all(open_set(root, root_digest=digest, threads=1)),
         "open_partition": lambda: read_all(open_partition(root / "partition_0.bin", root_digest=digest, threads=1)),
+        "export": lambda: export(root, out / "exported", to="json", root_digest=digest, threads=1),
+        "export one": lambda: export(root / "partition_0.json", out / "exported", root_digest=digest, threads=1),
         "merge": lambda: merge(root, out / "merged", root_digest=digest, threads=1),
         "repartition": lambda: repartition(root, out / "again", 1, root_digest=digest, threads=1),
         "pull": lambda: pull(root, out / "pulled", root_digest=digest, threads=1),
@@ -278,12 +281,15 @@ def refusals(root: Path, digest: str | None, out: Path) -> list[str]:
         except (IntegrityError, FormatError, CheckpointError, RemoteNotFoundError):
             refused.append(name)
         finally:
-            for made in ("merged", "pulled", "again"):
+            for made in ("exported", "merged", "pulled", "again"):
                 shutil.rmtree(out / made, ignore_errors=True)
     return refused
 
 
-EVERYTHING = ["verify", "verify one", "open_set", "open_partition", "merge", "repartition", "pull", "repair"]
+EVERYTHING = [
+    "verify", "verify one", "open_set", "open_partition", "export", "export one", "merge",
+    "repartition", "pull", "repair",
+]  # fmt: skip
 
 
 def test_the_genuine_set_is_accepted(genuine: Path, root_digest: str, tmp_path: Path) -> None:
@@ -320,7 +326,7 @@ def test_whoever_keeps_the_genuine_set_manifest_is_found_out_below_it(
     changed |= set(tree(genuine)) - set(tree(victim))
     if "partition_0.bin" not in changed and "partition_0.json" not in changed:
         assert changed <= {"config.json"}
-        expected = ["verify", "merge", "repartition", "pull", "repair"] if changed else []
+        expected = ["verify", "export one", "merge", "repartition", "pull", "repair"] if changed else []
     else:
         expected = EVERYTHING
     assert refusals(victim, root_digest, tmp_path) == expected

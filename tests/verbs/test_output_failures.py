@@ -13,7 +13,7 @@ from checkpoints import CAUSAL_CONFIG, MIB, Weight, llama_weights, open_descript
 
 from mmsplit.errors import FormatError, NoSpaceError, OutputError, OutputExistsError
 from mmsplit.sidecar import output_directory, output_files, payload_file, payload_writer
-from mmsplit.splitting import split_run
+from mmsplit.splitting import space
 from mmsplit.verbs.merge import merge
 from mmsplit.verbs.split import split
 from mmsplit.verbs.verify import verify
@@ -156,7 +156,7 @@ def test_too_little_space_is_said_before_the_first_byte(
     """Nothing is written where not all can be, and the message says how much is missing."""
     for free in (0, 5 * MIB):
         monkeypatch.setattr(output_directory, "free_bytes", lambda _, free=free: free)
-        monkeypatch.setattr(split_run, "free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr(space, "free_bytes", lambda _, free=free: free)
         with pytest.raises(NoSpaceError, match=r"too little free space.*Free [\d,]+ bytes more"):
             split(source, tmp_path, 2)
         assert tree(tmp_path) == {}
@@ -170,7 +170,7 @@ def test_the_ratio_is_measured_where_the_worst_case_does_not_fit(
     raw = sum(len(data) for data in tree(source).values())
     free = (needed + raw) // 2
     monkeypatch.setattr(output_directory, "free_bytes", lambda _: free)
-    monkeypatch.setattr(split_run, "free_bytes", lambda _: free)
+    monkeypatch.setattr(space, "free_bytes", lambda _: free)
     split(source, tmp_path, 2)
     assert tree(tmp_path) == tree(made)
 
