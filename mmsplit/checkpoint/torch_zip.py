@@ -141,13 +141,13 @@ def _find_end64(tail: bytes, tail_start: int, end: int, path: str) -> tuple[int,
     locator = end - _LOCATOR.size
     if locator < 0 or tail[locator : locator + 4] != b"PK\x06\x07":
         return None
-    _, _, offset, disk_count = _LOCATOR.unpack_from(tail, locator)
+    _, disk, offset, disk_count = _LOCATOR.unpack_from(tail, locator)
     position = locator - _END64.size
     # The locator must lead to the record right before it: elsewhere another one could hide.
     if position < 0 or tail[position : position + 4] != b"PK\x06\x06" or offset != tail_start + position:
         _fail("zip64 end record is not where its locator says", path, tail_start + locator)
     _, size, _, _, *fields = _END64.unpack_from(tail, position)
-    if size != _END64.size - 12 or disk_count > 1:
+    if size != _END64.size - 12 or disk or disk_count > 1:
         _fail("zip64 end record is of a kind not known here", path, tail_start + position, _RESAVE_HINT)
     return (tail_start + position, *fields)
 

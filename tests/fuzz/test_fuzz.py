@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="the guard needs signals
 
 #: Runs of each target.  Directories are written, split, verified and merged in each run.
 RUNS = {target.name: 120 for target in (*DIRECTORIES, *IN_PROGRESS)} | {"parameters_json": 600}
-READER_RUNS = {target.name: 120 for target in (*DIRECTORIES, *IN_PROGRESS)} | {"parameters_json": 600}
+READER_RUNS = 2500
 
 
 @pytest.fixture(autouse=True, scope="module")
