@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -113,6 +115,55 @@ def test_merge_reads_each_stored_byte_once(checkpoint: Path, tmp_path: Path, cou
     merged = mmsplit.merge(tmp_path / "set", tmp_path / "merged")
     assert counts["borrowed bytes"] == result.manifest.stored_bytes
     assert counts["block bytes"] + counts["other written bytes"] == merged.total_bytes
+
+
+def test_repartition_moves_each_stored_byte_once(checkpoint: Path, tmp_path: Path, counts: Counter[str]) -> None:
+    """Each stored byte is written once and nothing is encoded; it is borrowed once, or twice to see if it is shared."""
+    made = mmsplit.split(checkpoint, tmp_path / "set", 1)
+    counts.clear()
+    again = mmsplit.repartition(tmp_path / "set", tmp_path / "two", 2)
+    stored = made.manifest.stored_bytes
+    assert again.encoded_bytes == 0
+    assert again.copied_bytes + again.shared_bytes == stored
+    assert stored <= counts["borrowed bytes"] <= 2 * stored + 4 * DATA_START
+    payload = sum(entry.payload_bytes for entry in again.partitions)
+    assert counts["block bytes"] + counts["other written bytes"] == payload
+
+
+def test_plan_calls_little_python_per_tensor(tmp_path: Path) -> None:
+    """Opening and planning a quantised MoE takes a bounded number of Python calls for each tensor: there are 92,000."""
+    names = [
+        f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.{what}"
+        for layer in range(8)
+        for expert in range(40)
+        for projection in ("gate", "up", "down")
+        for what in ("weight", "weight_scale_inv")
+    ]
+    save_file({name: np.zeros(4, np.float32) for name in names}, tmp_path / "model.safetensors")
+    mmsplit.plan(tmp_path, 2)  # what is imported or compiled at first use
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        mmsplit.plan(tmp_path, 2)
+    finally:
+        sys.setprofile(None)
+    assert calls <= 9 * len(names)
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect"])
+def test_a_look_at_a_checkpoint_imports_no_numpy(command: str) -> None:
+    """Commands that read headers only do not import what takes long and works on bytes."""
+    script = (
+        f"import sys, mmsplit.cli, mmsplit.cli.{command}_command\n"
+        "print(*{'numpy', 'blake3', 'zstandard', 'torch', 'pyeclib', 'model_signing', 'email'} & sys.modules.keys())"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F8_E4M3"])

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Final, NoReturn
 
 from mmsplit.checkpoint.tensor import ShardHeader, TensorInfo
@@ -178,53 +179,58 @@ def _metadata(value: object, path: str) -> dict[str, str]:
     return value
 
 
+def _fail(
+    path: str, tensor: str, what: str, expected: object = None, found: object = None, hint: str | None = None
+) -> NoReturn:
+    raise HeaderError(what, path=path, tensor=tensor, offset=LENGTH_BYTES, expected=expected, found=found, hint=hint)
+
+
 def _entry(
     name: str, entry: object, path: str, shard: str, buffer_start: int, allow_unknown_dtypes: bool
 ) -> TensorInfo:
-    def fail(what: str, expected: object = None, found: object = None, hint: str | None = None) -> NoReturn:
-        raise HeaderError(what, path=path, tensor=name, offset=LENGTH_BYTES, expected=expected, found=found, hint=hint)
-
     if not isinstance(entry, dict):
-        fail("entry is not a JSON object")
+        _fail(path, name, "entry is not a JSON object")
     try:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     except KeyError as error:
-        fail(f"entry has no field {error.args[0]!r}")
+        _fail(path, name, f"entry has no field {error.args[0]!r}")
     if len(entry) > 3:
-        _require_sane_extras(entry, fail)
+        _require_sane_extras(entry, partial(_fail, path, name))
     if type(dtype) is not str:
-        fail("dtype is not text")
+        _fail(path, name, "dtype is not text")
     if type(offsets) is not list or len(offsets) != 2:
-        fail("data_offsets is not a list of two")
+        _fail(path, name, "data_offsets is not a list of two")
     start, stop = offsets
     if type(start) is not int or type(stop) is not int or not 0 <= start <= _U64_MAX or not 0 <= stop <= _U64_MAX:
-        fail("data_offsets are not two unsigned 64-bit integers", found=str(offsets)[:80])
+        _fail(path, name, "data_offsets are not two unsigned 64-bit integers", found=str(offsets)[:80])
     if stop < start:
-        fail("data_offsets run backwards", expected=f"an end of at least {start:,}", found=stop)
+        _fail(path, name, "data_offsets run backwards", expected=f"an end of at least {start:,}", found=stop)
     if type(shape) is not list:
-        fail("shape is not a list")
+        _fail(path, name, "shape is not a list")
     params = 1
     for size in shape:
         if type(size) is not int or not 0 <= size <= _U64_MAX:
-            fail("shape is not a list of unsigned 64-bit integers", found=str(shape)[:80])
+            _fail(path, name, "shape is not a list of unsigned 64-bit integers", found=str(shape)[:80])
         params *= size
         if params > _U64_MAX:  # checked step by step, as the reference does: [2**63, 2, 0] overflows
-            fail("shape has more than 2**64 elements", found=str(shape)[:80])
+            _fail(path, name, "shape has more than 2**64 elements", found=str(shape)[:80])
     known = DTYPES.get(dtype)
     if known is None:
         if not allow_unknown_dtypes:
-            fail(
+            _fail(
+                path,
+                name,
                 f"dtype {dtype[:40]!r} is not known",
                 hint="mmsplit can carry it as opaque bytes: allow unknown dtypes (--allow-unknown-dtypes).",
             )
     else:
         bits = params * known.bits
         if bits > _U64_MAX:
-            fail("tensor has more than 2**64 bits", found=str(shape)[:80])
+            _fail(path, name, "tensor has more than 2**64 bits", found=str(shape)[:80])
         if bits % 8:
-            fail(f"{params:,} elements of {known.bits} bits do not fill whole bytes")
+            _fail(path, name, f"{params:,} elements of {known.bits} bits do not fill whole bytes")
         if stop - start != bits // 8:
-            fail("data_offsets do not fit dtype and shape", expected=bits // 8, found=stop - start)
+            _fail(path, name, "data_offsets do not fit dtype and shape", expected=bits // 8, found=stop - start)
     return TensorInfo(name, dtype, tuple(shape), shard, buffer_start + start, buffer_start + stop, params)
 
 

@@ -53,6 +53,9 @@ from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, Worker
 
 #: Threads beyond those that encode: while they wait for the disk, the others have work.
 _EXTRA_THREADS: Final = 2
+#: The same where chunks are taken from a set: nearly all the time is spent in waiting for writes, and a disk is faster
+#: the more of them it has (measured: 8 at once took 5 to 15 % less time than 4, in 6 of 6 pairs).
+_EXTRA_THREADS_TO_COPY: Final = 6
 
 
 class SplitRun:
@@ -336,7 +339,8 @@ class SplitRun:
                 hasher = StoredShardHasher(self._out.path, self._kept_of, group.go_on)
                 return lambda stored: self._check(stored, runs, hasher, counter.add)
 
-            group.start_many("encode", threads + _EXTRA_THREADS, JobStream(jobs), make_encoder)
+            extra = _EXTRA_THREADS if self._source_set is None else _EXTRA_THREADS_TO_COPY
+            group.start_many("encode", threads + extra, JobStream(jobs), make_encoder)
             if self._checks_what_is_stored:
                 group.start_many("check", threads, JobStream(iter(to_check)), make_checker)
             else:

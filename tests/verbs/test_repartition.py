@@ -303,7 +303,7 @@ def test_blocks_are_shared_where_the_file_system_can(
     if shares == "all":
         assert stored // 2 < result.shared_bytes < stored
     else:
-        assert len(asked) <= 3
+        assert len(asked) <= 7  # threads that had asked before the first answer
         assert result.shared_bytes == 0
 
 
