@@ -16,7 +16,7 @@ A source may be a model of the Hub (`org/name`), reached as `hub=HubOptions(...)
 
     download(model_id)                   into the Hub cache or a folder, resumed and verified
     pull(source, output), push(path, target)    get and publish partition sets
-    HubModel(model_id)                   one model at one commit: download, plan, split, and their async variants
+    HubModel(model_id)                   one model at one commit: download, plan, split, export, also async
 
 Names are imported when they are first used, so that `import mmsplit` costs next to nothing.
 """

@@ -15,14 +15,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
+from mmsplit.checkpoint import IoMode
 from mmsplit.codec import CodecName
 from mmsplit.errors import OfflineError, RequestError
 from mmsplit.exporting.weight_files import DEFAULT_SHARD_BYTES
-from mmsplit.planning import By, Plan, Rule, SplitBy, TiedMode
+from mmsplit.in_thread import run_in_thread
+from mmsplit.planning import By, NodeRequest, Plan, Rule, SplitBy, TiedMode
 from mmsplit.remote.address import HubAddress, parse_hub_address
 from mmsplit.remote.hub_cache import HubCache
 from mmsplit.remote.remote_file import DEFAULT_CONNECTIONS
@@ -33,9 +33,7 @@ from mmsplit.verbs.download import DownloadResult, download
 from mmsplit.verbs.export import DEFAULT_JSON_BYTES, ExportResult, To, export
 from mmsplit.verbs.plan import plan
 from mmsplit.verbs.split import SplitResult, split
-from mmsplit.workers import Progress, ProgressCallback
-
-R = TypeVar("R")
+from mmsplit.workers import ProgressCallback
 
 
 class HubModel:
@@ -130,6 +128,8 @@ class HubModel:
         tied: TiedMode = "duplicate",
         split_by: SplitBy = "layer",
         rule: Rule | None = None,
+        nodes: NodeRequest | None = None,
+        allow_unknown_dtypes: bool = False,
         connections: int = DEFAULT_CONNECTIONS,
     ) -> Plan:
         """Plan the partitions from headers alone; no weight is fetched.  See `mmsplit.plan`."""
@@ -142,6 +142,8 @@ class HubModel:
             tied=tied,
             split_by=split_by,
             rule=rule,
+            nodes=nodes,
+            allow_unknown_dtypes=allow_unknown_dtypes,
             hub=self.hub_options(connections=connections),
         )
 
@@ -156,12 +158,16 @@ class HubModel:
         tied: TiedMode = "duplicate",
         split_by: SplitBy = "layer",
         rule: Rule | None = None,
+        nodes: NodeRequest | None = None,
         only: Collection[int] | None = None,
         codec: CodecName = "planes",
         threads: int | None = None,
         existing: Existing = "refuse",
+        io: IoMode = "auto",
+        direct: bool = True,
         source_sha256: bool = True,
         parity: float | None = None,
+        allow_unknown_dtypes: bool = False,
         keep_source: bool = False,
         connections: int = DEFAULT_CONNECTIONS,
         progress: ProgressCallback | None = None,
@@ -180,12 +186,16 @@ class HubModel:
             tied=tied,
             split_by=split_by,
             rule=rule,
+            nodes=nodes,
             only=only,
             codec=codec,
             threads=threads,
             existing=existing,
+            io=io,
+            direct=direct,
             source_sha256=source_sha256,
             parity=parity,
+            allow_unknown_dtypes=allow_unknown_dtypes,
             hub=self.hub_options(connections=connections, keep_source=keep_source),
             progress=progress,
         )
@@ -206,10 +216,14 @@ class HubModel:
         tied: TiedMode = "duplicate",
         split_by: SplitBy = "layer",
         rule: Rule | None = None,
+        nodes: NodeRequest | None = None,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         max_bytes: int | None = DEFAULT_JSON_BYTES,
+        on_estimate: Callable[[int], None] | None = None,
         existing: Existing = "refuse",
+        io: IoMode = "auto",
         threads: int | None = None,
+        allow_unknown_dtypes: bool = False,
         keep_source: bool = False,
         connections: int = DEFAULT_CONNECTIONS,
         progress: ProgressCallback | None = None,
@@ -231,10 +245,14 @@ class HubModel:
             tied=tied,
             split_by=split_by,
             rule=rule,
+            nodes=nodes,
             max_shard_bytes=max_shard_bytes,
             max_bytes=max_bytes,
+            on_estimate=on_estimate,
             existing=existing,
+            io=io,
             threads=threads,
+            allow_unknown_dtypes=allow_unknown_dtypes,
             hub=self.hub_options(connections=connections, keep_source=keep_source),
             progress=progress,
         )
@@ -257,7 +275,7 @@ class HubModel:
 
         Cancelled, it ends when the download has stopped; the same call continues from the byte reached.
         """
-        return await _run_in_thread(
+        return await run_in_thread(
             lambda report: self.download(
                 local_dir=local_dir,
                 include=include,
@@ -280,6 +298,8 @@ class HubModel:
         tied: TiedMode = "duplicate",
         split_by: SplitBy = "layer",
         rule: Rule | None = None,
+        nodes: NodeRequest | None = None,
+        allow_unknown_dtypes: bool = False,
         connections: int = DEFAULT_CONNECTIONS,
     ) -> Plan:
         """Do what `plan` does without blocking the loop.
@@ -295,6 +315,8 @@ class HubModel:
             tied=tied,
             split_by=split_by,
             rule=rule,
+            nodes=nodes,
+            allow_unknown_dtypes=allow_unknown_dtypes,
             connections=connections,
         )
 
@@ -309,12 +331,16 @@ class HubModel:
         tied: TiedMode = "duplicate",
         split_by: SplitBy = "layer",
         rule: Rule | None = None,
+        nodes: NodeRequest | None = None,
         only: Collection[int] | None = None,
         codec: CodecName = "planes",
         threads: int | None = None,
         existing: Existing = "refuse",
+        io: IoMode = "auto",
+        direct: bool = True,
         source_sha256: bool = True,
         parity: float | None = None,
+        allow_unknown_dtypes: bool = False,
         keep_source: bool = False,
         connections: int = DEFAULT_CONNECTIONS,
         progress: ProgressCallback | None = None,
@@ -323,7 +349,7 @@ class HubModel:
 
         Cancelled, it ends when the split has stopped; with `existing="resume"` the same call goes on.
         """
-        return await _run_in_thread(
+        return await run_in_thread(
             lambda report: self.split(
                 output,
                 num_parts,
@@ -333,12 +359,16 @@ class HubModel:
                 tied=tied,
                 split_by=split_by,
                 rule=rule,
+                nodes=nodes,
                 only=only,
                 codec=codec,
                 threads=threads,
                 existing=existing,
+                io=io,
+                direct=direct,
                 source_sha256=source_sha256,
                 parity=parity,
+                allow_unknown_dtypes=allow_unknown_dtypes,
                 keep_source=keep_source,
                 connections=connections,
                 progress=report,
@@ -359,10 +389,14 @@ class HubModel:
         tied: TiedMode = "duplicate",
         split_by: SplitBy = "layer",
         rule: Rule | None = None,
+        nodes: NodeRequest | None = None,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         max_bytes: int | None = DEFAULT_JSON_BYTES,
+        on_estimate: Callable[[int], None] | None = None,
         existing: Existing = "refuse",
+        io: IoMode = "auto",
         threads: int | None = None,
+        allow_unknown_dtypes: bool = False,
         keep_source: bool = False,
         connections: int = DEFAULT_CONNECTIONS,
         progress: ProgressCallback | None = None,
@@ -371,7 +405,7 @@ class HubModel:
 
         Cancelled, it ends when the export has stopped; with `existing="resume"` the same call goes on.
         """
-        return await _run_in_thread(
+        return await run_in_thread(
             lambda report: self.export(
                 output,
                 num_parts,
@@ -383,10 +417,14 @@ class HubModel:
                 tied=tied,
                 split_by=split_by,
                 rule=rule,
+                nodes=nodes,
                 max_shard_bytes=max_shard_bytes,
                 max_bytes=max_bytes,
+                on_estimate=on_estimate,
                 existing=existing,
+                io=io,
                 threads=threads,
+                allow_unknown_dtypes=allow_unknown_dtypes,
                 keep_source=keep_source,
                 connections=connections,
                 progress=report,
@@ -429,39 +467,3 @@ class HubModel:
         with self._lock:
             if self._commit is None:
                 self._repository, self._commit = repository, commit
-
-
-class _Cancelled(Exception):  # noqa: N818 - not an error: somebody wants no more
-    """Raised in a verb by its progress callback, when the task that waits for the verb was cancelled."""
-
-
-async def _run_in_thread(work: Callable[[ProgressCallback], R], progress: ProgressCallback | None) -> R:
-    """Run `work` with a callback that ends it if this task is cancelled; return or raise only when it has ended."""
-    cancelled = threading.Event()
-
-    def report(state: Progress) -> None:
-        if cancelled.is_set():
-            raise _Cancelled
-        if progress is not None:
-            progress(state)
-
-    executor = ThreadPoolExecutor(1, "mmsplit")
-    job = asyncio.get_running_loop().run_in_executor(executor, work, report)
-    executor.shutdown(wait=False)  # takes no more work; its thread ends with this one
-    try:
-        return await asyncio.shield(job)
-    except asyncio.CancelledError:
-        cancelled.set()
-        await _wait_until_done(job)
-        raise
-
-
-async def _wait_until_done(job: asyncio.Future[R]) -> None:
-    """Wait for `job`, whatever becomes of it, and through further attempts to cancel."""
-    while not job.done():
-        try:
-            await asyncio.wait([job])
-        except asyncio.CancelledError:
-            pass  # the first is on its way already, and must not overtake the thread
-    if not job.cancelled():
-        job.exception()  # looked at, so that nobody is told that it was not

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "mmsplit"
 
 #: Rooms from the top down.  A module may import from rooms above its own; within a room, from files listed earlier.
 HOUSE = {
-    "foundation": ["errors", "digests", "durable", "regular_files", "dtypes", "workers", "queues"],
+    "foundation": ["errors", "digests", "durable", "regular_files", "dtypes", "workers", "in_thread", "queues"],
     "checkpoint": [
         "tensor",
         "header",

@@ -120,7 +120,7 @@ def _planning_options(command: F, default_tied: str | None) -> F:
                 "--tied",
                 type=click.Choice(["duplicate", "reference", "colocate"]),
                 default=default_tied,
-                show_default=default_tied or "as in SET",
+                show_default="as in SET" if default_tied is None else True,
                 help="A tied weight that a later partition needs: give it a copy, refer to the original, or move"
                 " the layers that use it there.",
             ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,27 @@ def stop_at_first_report(task: asyncio.Task[object], loop: asyncio.AbstractEvent
             assert cancelled.wait(30)
 
     return report
+
+
+#: What a method need not take: it says itself, or has said when it was made, or a model of the Hub has not.
+NOT_OF_A_HUB_MODEL = {
+    "plan": {"source", "hub"},
+    "split": {"source", "hub", "model_id", "revision", "consume", "announce"},
+    "export": {"source", "hub", "root_digest"},
+    "download": {"model_id", "revision", "cache_dir", "token", "endpoint"},
+}
+
+
+@pytest.mark.parametrize("verb", NOT_OF_A_HUB_MODEL)
+def test_a_method_takes_what_the_verb_takes(verb: str) -> None:
+    """And its async variant as well, with the same defaults; the connections are an option of their own."""
+    method = dict(signature(getattr(HubModel, verb)).parameters)
+    function = dict(signature(getattr(mmsplit, verb)).parameters)
+    variant = dict(signature(getattr(HubModel, f"{verb}_async")).parameters)
+    assert method == variant
+    assert set(function) - set(method) == NOT_OF_A_HUB_MODEL[verb]
+    assert set(method) - set(function) <= {"self", "connections", "keep_source"}
+    assert all(method[name].default == function[name].default for name in set(method) & set(function))
 
 
 def test_nothing_is_asked_before_it_is_needed(hub: LoopbackHub, commit: str) -> None:
