@@ -167,13 +167,24 @@ def test_links_lead_somewhere(document: str) -> None:
 def test_every_promise_names_tests_that_exist() -> None:
     """A promise whose test is gone is none."""
     text = (ROOT / "docs/reliability.md").read_text()
-    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)
+    named, file = [], ""
+    for found, test in re.findall(r"`(tests/[\w/]+\.py|…)(?:::(\w+))?`", text):
+        file = file if found == "…" else found
+        named.append((file, test))
     assert len(named) > 20
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text() or not test, (file, test)
     neighbours = (ROOT / "tests/faults/test_neighbours.py").read_text()
     for test in re.findall(r"`(test_\w+)`", text):
         assert f"def {test}(" in neighbours, test
+    # Every row of a table of promises names a test, or a file of tests.
+    tables = re.findall(r"^\| (?:promise|situation)[^\n]*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert len(tables) > 5
+    for row in "".join(tables).splitlines():
+        assert re.search(r"`(tests/|test_|…)|the same \|$", row), row
+    for scenario in re.findall(r"scenarios? `([^`]+)`(?: (?:and|to) `([^`]+)`)?", text):
+        for name in filter(None, scenario):
+            assert f'"{name}"' in (ROOT / "tests/faults/scenarios.py").read_text(), name
 
 
 def test_every_exported_name_exists() -> None:

@@ -24,6 +24,7 @@ from mmsplit.remote.remote_file import GoOn, RemoteFile, never_stop
 from mmsplit.remote.set_source import SetSource
 from mmsplit.repairing.sources import SetCopy
 from mmsplit.sidecar.manifest import payload_name
+from mmsplit.sidecar.output_files import output_errors
 from mmsplit.sidecar.parity_file import ParityFile
 from mmsplit.sidecar.parity_layout import parity_name
 from mmsplit.sidecar.parity_stripes import Band, StripeBuffer, stripes_at_once
@@ -119,7 +120,9 @@ class RestoredPayload(RemoteFile):
         layout = self._parity.layout
         size = layout.block_bytes
         # Opened for the time of the call: what was mended meanwhile counts, and the file may have grown.
-        with FileReader(self._path, io="pread", changed_error=IntegrityError) as reader:
+        with output_errors(self._path):
+            reader = FileReader(self._path, io="pread", changed_error=IntegrityError)
+        with reader:
             position = start
             while position < stop:
                 go_on()

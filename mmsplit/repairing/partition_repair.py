@@ -194,7 +194,9 @@ class PartitionRepair:
             out.finish(size_bytes)
         finally:
             out.close()
-        with FileReader(payload, io="pread", changed_error=IntegrityError) as reader:
+        with output_errors(payload):
+            reader = FileReader(payload, io="pread", changed_error=IntegrityError)
+        with reader:
             mender.confirm(OpenPartition(partition.path, partition.manifest, partition.index, reader))
         for note in notes:
             self._ledger.mend(note)

@@ -24,7 +24,7 @@ import consuming
 from checkpoints import CAUSAL_CONFIG, Weight, flip, llama_weights, tree, write_checkpoint
 from fault_layer import Crash, Fault, Layer
 
-from mmsplit.errors import MmsplitError
+from mmsplit.errors import MmsplitError, OutputError
 from mmsplit.exporting.export_record import RECORD_NAME
 from mmsplit.remote.source import HubOptions
 from mmsplit.sidecar import shard_writer
@@ -178,9 +178,14 @@ def _given_lost_payload(work: Work) -> None:
 
 
 def _repair(*, from_source: bool = True, rebuild_manifest: bool = False) -> Act:
-    return lambda work: repair(
-        work.out, work.source if from_source else None, rebuild_manifest=rebuild_manifest, threads=1
-    )
+    def act(work: Work) -> object:
+        source = work.source if from_source else None
+        result = repair(work.out, source, rebuild_manifest=rebuild_manifest, threads=1)
+        if not result.ok:  # which the command says by its exit code
+            raise OutputError(f"not all is repaired: {result.problems[0].what}", path=work.out)
+        return result
+
+    return act
 
 
 def _export(to: str, existing: str) -> Act:

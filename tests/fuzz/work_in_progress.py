@@ -260,7 +260,7 @@ def _check_half_merged(files: Files, folder: Path) -> Steps:
         going = _refused(lambda: merge(out / "set", out / "merged", threads=1, consume=True, resume=True))
         if going is None:
             require(read_files(out / "merged") == models()["plain"], "merged to something else")
-        _raise_first(going, elsewhere)
+        _raise_first(going)
 
     return lambda: write_files(out, files), check
 
