@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from checkpoints import Weight, write_shard
+from checkpoints import llama_weights, write_checkpoint
 
 from mmsplit.cli import run
 
@@ -21,8 +21,7 @@ def test_the_last_line_says_what_was_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], line: str
 ) -> None:
     """A SHA-256 that nobody recorded was not compared."""
-    (tmp_path / "source").mkdir()
-    write_shard(tmp_path / "source" / "model.safetensors", [Weight(f"layers.{n}.w", "F32", (8,)) for n in range(2)])
+    write_checkpoint(tmp_path / "source", [llama_weights(2)])
     assert run(["split", str(tmp_path / "source"), "-o", str(tmp_path / "set"), "-n", "2", *options]) == 0
     assert run(["merge", str(tmp_path / "set"), "-o", str(tmp_path / "out"), "-q"]) == 0
     assert line in capsys.readouterr().err
