@@ -19,10 +19,11 @@ def load_demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Import the script, as it is found in the checkout."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_loader("demo", SourceFileLoader("demo", str(ROOT / "scripts" / "demo")))
-    assert spec is not None and spec.loader is not None
+    loader = SourceFileLoader("demo", str(ROOT / "scripts" / "demo"))
+    spec = importlib.util.spec_from_loader("demo", loader)
+    assert spec is not None
     demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
+    loader.exec_module(demo)
     return demo
 
 
