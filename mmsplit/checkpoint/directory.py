@@ -36,6 +36,8 @@ MAX_SMALL_FILES: Final = 10_000
 _MAX_INDEX_BYTES: Final = 512 << 20
 _DOWNLOAD_HINT: Final = "Download the missing shards, then run again."
 _SAFETENSORS: Final = FORMS[0]
+#: What makes partitions a set, here for error messages only.
+_SET_MANIFEST_NAME: Final = "partition_set.json"
 
 
 class CheckpointFiles(NamedTuple):
@@ -104,6 +106,8 @@ def _find(path: Path) -> CheckpointFiles:
         raise CheckpointError("not a regular file", path=path)
     form = form_of(path.name)
     if form is None and not is_shard(_first_bytes(path)):
+        if is_partition_file(path.name):
+            raise _partitions(storage, "a file of a partition set", str(path))
         raise CheckpointError(
             "not a safetensors, PyTorch or GGUF file, a weights index or a directory",
             path=path,
@@ -171,19 +175,25 @@ def _only_model(storage: Storage, weights: list[str]) -> str:
 
 
 def _no_weights(storage: Storage, names: list[str]) -> CheckpointError:
-    partitions = [name for name in names if is_partition_file(name)]
-    if partitions:
-        return CheckpointError(
-            "this directory holds partitions, not a checkpoint",
-            path=storage.location,
-            hint=f"Name one partition, such as {storage.location_of(partitions[-1])}; a whole set is merged first.",
-        )
+    if any(is_partition_file(name) for name in names):
+        what = "a partition set" if _SET_MANIFEST_NAME in names else "a directory that holds partitions"
+        return _partitions(storage, what, storage.location)
     other = sorted({Path(name).suffix for name in names} & WEIGHT_SUFFIXES)
     return CheckpointError(
         "no .safetensors, .bin or .gguf file in this directory",
         path=storage.location,
         found=f"weights of other formats: {', '.join(other)}" if other else None,
         hint="Convert them to safetensors first." if other else "Give the directory that holds the weights.",
+    )
+
+
+def _partitions(storage: Storage, what: str, location: str) -> CheckpointError:
+    first = "" if storage.directory else "get it first (mmsplit pull); "
+    root = storage.location if storage.directory else "DIR"
+    return CheckpointError(
+        f"this is {what}, not a checkpoint",
+        path=location,
+        hint=f"To cut a set anew, {first}mmsplit repartition {root} …; to have the checkpoint, mmsplit merge {root} ….",
     )
 
 

@@ -11,7 +11,7 @@ from mmsplit.cli.consume_option import announce_disk, consume_option
 from mmsplit.cli.options import PATH, json_option, root_option, work_options
 from mmsplit.cli.progress import ProgressDisplay
 from mmsplit.cli.render import echo, echo_json, size
-from mmsplit.verbs.merge import merge
+from mmsplit.verbs.merge import MergeResult, merge
 
 
 @click.command("merge")
@@ -53,6 +53,15 @@ def merge_command(
         kept = "  (was there already)" if shard.name in result.kept else ""
         digest = "no SHA-256 was recorded" if shard.sha256 is None else shard.sha256.removeprefix("sha256:")
         echo(f"{digest}  {result.path / shard.name}{kept}")
-    click.echo(f"{size(result.total_bytes)} in {len(result.shards)} shard(s), SHA-256 as split", err=True)
+    click.echo(f"{size(result.total_bytes)} in {len(result.shards)} shard(s), {_held_to(result)}", err=True)
     if result.deleted:
         click.echo(f"the partition set {path} is deleted: its shards are read back and right", err=True)
+
+
+def _held_to(result: MergeResult) -> str:
+    """Say what the shards were compared with: the Hub may have published the SHA-256 of some of them only."""
+    recorded = sum(shard.sha256 is not None for shard in result.shards)
+    if recorded == len(result.shards):
+        return "SHA-256 as split"
+    checked = "the checksums of all chunks are right"
+    return f"{checked}; {'no SHA-256 was recorded' if not recorded else f'SHA-256 as split of {recorded}'}"

@@ -245,10 +245,16 @@ class OutputDirectory:
             hint = "Choose another directory, or use --force to replace it."
             if different == ["revision"] and there.get("revision") and existing == "resume":
                 hint = f"To go on with that one: --revision {there['revision']}. {hint}"
+            if different == ["model_id"] and there.get("model_id"):
+                hint = (
+                    "The id is the name of the source's directory unless split is told --model-id; to go on with what"
+                    f" is there: --model-id {there['model_id']}. {hint}"
+                )
         else:
             reason = f"output holds {what} of the same source and plan"
             hint = "Use --resume to go on from there, or --force to start again."
-        raise OutputExistsError(reason, path=self.path, hint=hint)
+        expected, found = (values.get("model_id") if "model_id" in different else None for values in (identity, there))
+        raise OutputExistsError(reason, path=self.path, expected=expected, found=found, hint=hint)
 
     def _require_complete(self, manifest: SetManifest) -> None:
         """Raise if files of a finished set are gone or of another length; to look inside them is `verify`'s task."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from mmsplit.checkpoint import FileReader
 from mmsplit.digests import sha256_of
-from mmsplit.errors import IntegrityError, OutputExistsError
+from mmsplit.errors import FormatError, IntegrityError, OutputExistsError
 from mmsplit.regular_files import read_regular
 from mmsplit.remote.remote_file import RemoteFile
 from mmsplit.sidecar.framing import pack_header
@@ -168,6 +168,7 @@ class PartitionReceiver:
         file = open_file(self.entry.payload_file)
         size = self.entry.payload_bytes
         if file.size_bytes != size:
+            self._require_this_partition(open_file, manifest)
             raise IntegrityError(
                 "published payload has another size than its set says",
                 path=file.location,
@@ -181,12 +182,36 @@ class PartitionReceiver:
                 index = find_index(tail, manifest, json)
                 if index is not None:
                     return Published(file, manifest, tail, PayloadPieces(index, manifest.data_stop))
+        self._require_this_partition(open_file, manifest)
         raise IntegrityError(
             "published payload has no sound chunk index, manifest copy and trailer",
             path=file.location,
             offset=manifest.data_stop,
             hint="Verify the set where it was published.",
         )
+
+    def _require_this_partition(self, open_file: OpenFile, manifest: Manifest) -> None:
+        """Raise `IntegrityError` if what was published is a sound partition, only not `manifest`'s, that is at hand."""
+        file = open_file(self.entry.manifest_file)
+        if file.size_bytes > MAX_MANIFEST_BYTES:
+            return
+        data = file.read(0, file.size_bytes)
+        self._fetched_bytes += len(data)
+        try:
+            published = parse_manifest(data, file.location)
+        except (FormatError, IntegrityError):
+            return
+        differences = [
+            f"its {field.replace('_', ' ')} is {getattr(published, field)!r}, not {getattr(manifest, field)!r}"
+            for field in ("model_id", "revision", "plan_digest", "source_digest")
+            if getattr(published, field) != getattr(manifest, field)
+        ]
+        if differences:
+            raise IntegrityError(
+                f"published partition is not the one of this set: {differences[0]}",
+                path=file.location,
+                hint="Give a copy of this very set, or the checkpoint.",
+            )
 
     def _read_tail(self, manifest: Manifest) -> bytes:
         """Return what an earlier run wrote behind the payload's data, or nothing."""

@@ -9,7 +9,7 @@ from mmsplit.checkpoint import IoMode
 from mmsplit.digests import parse_root_digest
 from mmsplit.errors import FormatError, IntegrityError
 from mmsplit.regular_files import read_regular
-from mmsplit.sidecar.manifest import manifest_name
+from mmsplit.sidecar.manifest import manifest_name, parse_manifest
 from mmsplit.sidecar.output_directory import STATE_NAME, UNFINISHED_MERGE_NAME
 from mmsplit.sidecar.part_ids import part_ids_in
 from mmsplit.sidecar.partition_reader import (
@@ -75,23 +75,37 @@ def read_set_manifest(root: Path, root_digest: str | None = None, *, may_be_begu
                 path=root,
                 hint="Fetch that file from where the partition came from; it is small, and no other is needed.",
             ) from None
-        raise FormatError(
-            f"no partition set here: {SET_MANIFEST_NAME} is missing",
-            path=root,
-            hint=_no_set_hint(root),
-        ) from None
+        raise _no_set(root) from None
     except OSError as error:
         raise FormatError(f"set manifest cannot be read: {error.strerror}", path=path) from error
 
 
-def _no_set_hint(root: Path) -> str:
-    """Say what single partitions lack, where there are any: a node may have fetched just its own."""
+def _no_set(root: Path) -> FormatError:
+    """Say what is missing: no more than the set manifest, some partitions, too, or all of it."""
     names = _manifests_in(root)
-    if not names:
-        return "Give the directory that mmsplit split wrote."
-    return (
-        f"Partitions that were made one at a time are no set before all are here; name one of them: {root / names[0]}."
+    what, hint = (
+        f"no partition set here: {SET_MANIFEST_NAME} is missing",
+        "Give the directory that mmsplit split wrote.",
     )
+    if names:
+        wanted, here = _num_parts(root / names[0]), sum((root / name).with_suffix(".bin").is_file() for name in names)
+        if here == wanted:
+            what = f"{SET_MANIFEST_NAME} is missing; the {here} partitions are here"
+            hint = f"Bring it back: mmsplit repair {root} --from COPY, or the same mmsplit split again with --resume."
+        else:  # a node may have fetched just its own
+            hint = (
+                "Partitions that were made one at a time are no set before all are here; until then name one of them"
+                f" to load or export it: {root / names[0]}."
+            )
+    return FormatError(what, path=root, hint=hint)
+
+
+def _num_parts(path: Path) -> int | None:
+    """Return how many partitions there are to be beside this one; None if its manifest cannot be read."""
+    try:
+        return parse_manifest(read_regular(path), str(path)).num_parts
+    except (OSError, FormatError, IntegrityError):
+        return None
 
 
 def _manifests_in(root: Path) -> list[str]:

@@ -135,7 +135,7 @@ def export(
             raise RequestError(
                 "these are partitions already; a plan is for a checkpoint",
                 path=source,
-                hint="To cut it anew, give the checkpoint, say its weights index or its .safetensors file.",
+                hint=f"To cut a set anew, use mmsplit repartition {source} … first, or give the checkpoint.",
             )
         opened = SetSource(Path(source), part_ids, io, root_digest)
     else:

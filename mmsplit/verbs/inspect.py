@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mmsplit.checkpoint import Checkpoint
+from mmsplit.checkpoint.weight_files import form_of
 from mmsplit.planning import PlannedLayer, checkpoint_layers
 from mmsplit.remote.source import HubOptions, hub_address_of, open_source
 from mmsplit.sidecar.file_names import SET_MANIFEST_NAME, STATE_NAME
@@ -114,7 +115,7 @@ def inspect(
 ) -> CheckpointInfo | PartitionInfo | SetInfo:
     """Look at a checkpoint, on disk or on the Hub, a partition (`partition_K.json` or `.bin`) or a partition set.
 
-    A directory that holds a set manifest, or an unfinished split, is taken for a set.
+    A directory that holds a set manifest, an unfinished split, or partitions and no weights is taken for a set.
     """
     if hub_address_of(path, hub) is None:
         found = _inspect_partitions(Path(path))
@@ -138,6 +139,8 @@ def _inspect_partitions(path: Path) -> PartitionInfo | SetInfo | None:
 
         with open_partition_files(path, "pread") as partition:
             return PartitionInfo(partition.path, partition.manifest, partition.reader.size_bytes)
+    if any(path.glob("partition_*.json")) and not any(form_of(file.name) for file in path.iterdir()):
+        read_set_manifest(path)  # says what is missing
     return None
 
 

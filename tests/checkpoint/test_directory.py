@@ -199,6 +199,7 @@ REFUSED = {
         "not a .bin or .pt or .pth or .ckpt file",
     ),
     "partitions": (["partition_0.bin", "partition_0.json"], {}, CheckpointError, "holds partitions, not a checkpoint"),
+    "a partition set": (["partition_0.bin", "partition_set.json"], {}, CheckpointError, "mmsplit repartition"),
     "only hidden": ([".model.safetensors"], {}, CheckpointError, "no .safetensors, .bin"),
     "missing number": (numbered("model", 3)[:2], {}, MissingShardError, "model-00003-of-00003.safetensors"),
     "first number missing": (numbered("model", 3)[1:], {}, MissingShardError, "model-00001-of-00003.safetensors"),
@@ -235,6 +236,14 @@ def test_refusal(
         find_checkpoint_files(tmp_path)
     assert type(caught.value) is error
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["partition_0.json", "partition_0.bin", "partition_set.json"])
+def test_a_file_of_a_partition_set(tmp_path: Path, name: str) -> None:
+    """Who names one is told what cuts the set anew."""
+    fill(tmp_path, [name], {})
+    with pytest.raises(CheckpointError, match=r"a file of a partition set, not a checkpoint.*mmsplit repartition"):
+        find_checkpoint_files(tmp_path / name)
 
 
 def test_path_may_be_a_shard_or_an_index(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoints import CAUSAL_CONFIG, flip, llama_weights, size_of, write_checkpoint
+from checkpoints import CAUSAL_CONFIG, Weight, flip, llama_weights, size_of, write_checkpoint, write_shard
 
 from mmsplit.errors import CheckpointError, FormatError, IntegrityError
 from mmsplit.verbs.inspect import CheckpointInfo, PartitionInfo, SetInfo, bytes_by_dtype, inspect
+from mmsplit.verbs.merge import merge
 from mmsplit.verbs.plan import plan
 from mmsplit.verbs.split import split
 
@@ -98,6 +99,20 @@ def test_what_cannot_be_inspected(made: Path, tmp_path: Path) -> None:
     flip(part / "partition_0.bin", 50)
     with pytest.raises(IntegrityError, match="file header"):
         inspect(part / "partition_0.json")
+
+
+def test_partitions_without_their_set_manifest(made: Path, tmp_path: Path) -> None:
+    """All of them: what brings the set manifest back.  Some: that one can be named.  With weights: a checkpoint."""
+    part = Path(shutil.copytree(made, tmp_path / "part"))
+    (part / "partition_set.json").unlink()
+    for command in (inspect, lambda path: merge(path, tmp_path / "out")):
+        with pytest.raises(FormatError, match=r"partition_set\.json is missing; .* mmsplit repair .*--resume"):
+            command(part)
+    (part / "partition_1.bin").unlink()
+    with pytest.raises(FormatError, match=r"until then name one of them.*partition_0\.json"):
+        inspect(part)
+    write_shard(part / "model.safetensors", [Weight("a", "F32", (2,))])
+    assert isinstance(inspect(part), CheckpointInfo)
 
 
 def test_bytes_by_dtype() -> None:

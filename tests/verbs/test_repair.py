@@ -393,6 +393,17 @@ def test_a_copy_that_is_another_set_changes_nothing(damaged: Path, source: Path,
     assert not (damaged / SET_MANIFEST_NAME).exists()
 
 
+@pytest.mark.parametrize("model_id", ["thing", "a-longer-name"])
+def test_a_copy_of_another_name_is_called_that(source: Path, tmp_path: Path, model_id: str) -> None:
+    """A sound copy that differs in nothing but the model id is not called damaged."""
+    split(source, tmp_path / "set", 2, model_id="other")
+    split(source, tmp_path / "copy", 2, model_id=model_id)
+    (tmp_path / "set" / "partition_0.bin").unlink()
+    result = repair(tmp_path / "set", tmp_path / "copy")
+    assert len(result.problems) == 1
+    assert f"is not the one of this set: its model id is '{model_id}', not 'other'" in result.problems[0].what
+
+
 @pytest.mark.parametrize("kind", ["swapped", "swapped, and damaged", "other set"])
 def test_a_sound_payload_of_another_partition_is_not_written_over(
     damaged: Path, made: Path, source: Path, tmp_path: Path, kind: str

@@ -240,7 +240,7 @@ def test_force_starts_again_where_the_state_cannot_be_read(
     [
         ({"num_parts": 3}, "another plan"),
         ({"codec": "raw"}, "another codec"),
-        ({"model_id": "other"}, "another model id"),
+        ({"model_id": "other"}, r"another model id \(expected other, found .*--model-id"),
         ({"revision": "other"}, "another revision"),
         ({"tied": "reference"}, None),
     ],
