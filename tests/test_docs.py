@@ -32,6 +32,8 @@ SHOWING_COMMANDS = (
     "docs/export.md",
     "docs/consume.md",
 )
+#: Those whose examples use the small model, as the tests do: what they print is what the commands print.
+SHOWING_SMALL_MODEL = ("docs/repair.md", "docs/repartition.md", "docs/security.md", "docs/consume.md")
 #: Signatures need the extra `sign`.
 CAN_SIGN = importlib.util.find_spec("model_signing") is not None
 DOCUMENTS = (*SHOWING_COMMANDS, "docs/python.md", "docs/architecture.md", "docs/errors.md", "docs/reliability.md")
@@ -110,7 +112,7 @@ def test_every_command_shown_runs(document: str, workplace: Path, environment: d
     """The commands of a document, run one after the other, all succeed; with the root digest of what they split."""
     place = workplace / document.replace("/", "-")
     _furnish(place, workplace, document)
-    root = ""
+    root, seen = "", set()
     commands = _commands(document)
     assert commands
     for command in commands:
@@ -122,6 +124,10 @@ def test_every_command_shown_runs(document: str, workplace: Path, environment: d
         assert result.returncode == 0, f"{command}\n{result.stderr}"
         found = re.search(r"root digest (sha256:[0-9a-f]{64})", result.stdout)
         root = found[1] if found else root
+        seen.add(root)
+    if document in SHOWING_SMALL_MODEL:
+        shown = set(re.findall(r"sha256:[0-9a-f]{64}", (ROOT / document).read_text()))
+        assert shown <= seen, f"{document} shows {shown - seen}, found was {seen}"
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/python.md", "docs/other-cuts.md"])
@@ -133,6 +139,14 @@ def test_python_examples_run(document: str, workplace: Path, environment: dict[s
     words = [sys.executable, "-W", "error", "-c", program]
     result = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_pages_with_the_large_model_agree() -> None:
+    """The same split of it has one root digest, wherever it is shown."""
+    split_of = r"\$ mmsplit split Llama-3.2-1B -o parts --num-parts 2\n(?:.*\n)*?\s*root digest (sha256:[0-9a-f]{64})"
+    shown = [re.findall(split_of, (ROOT / document).read_text()) for document in ("docs/usage.md", "docs/export.md")]
+    assert all(shown)
+    assert len({digest for digests in shown for digest in digests}) == 1
 
 
 def test_every_command_is_documented() -> None:

@@ -26,7 +26,7 @@ class ProgressDisplay:
         if self._quiet:
             return
         with self._lock:
-            if progress.stage != self._stage:
+            if progress.stage != self._stage or progress.total_bytes != self._bar.total:
                 self._start(progress)
             self._bar.update(progress.done_bytes - self._bar.n)
 

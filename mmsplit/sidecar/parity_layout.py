@@ -25,6 +25,8 @@ PAGE_BYTES: Final = 4096
 PAGE_ENTRIES: Final = PAGE_BYTES // 8 - 1
 LEAST_PERCENT: Final = 0.5
 MOST_PERCENT: Final = 50.0
+#: Where nobody says otherwise.
+DEFAULT_PERCENT: Final = 2.0
 
 _LEAST_BLOCK_BYTES: Final = 4096
 _MOST_BLOCK_BYTES: Final = 65536

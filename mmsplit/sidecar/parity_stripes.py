@@ -42,6 +42,14 @@ def iter_bands(layout: ParityLayout) -> Iterator[Band]:
         yield Band(start, min(start + step, layout.stripe_count))
 
 
+def payload_bytes_in(band: Band, layout: ParityLayout) -> int:
+    """Return how many bytes of the payload lie in a band, its end left out where the last blocks are not whole."""
+    size, column_bytes = layout.block_bytes, layout.stripe_count * layout.block_bytes
+    starts = (column * column_bytes for column in range(layout.data_count))
+    ends = ((start + band.start * size, start + band.stop * size) for start in starts)
+    return sum(max(0, min(stop, layout.payload_bytes) - start) for start, stop in ends)
+
+
 class StripeBuffer:
     """Holds the data blocks of one band after the other; one per thread."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +28,7 @@ from mmsplit.sidecar.parity_layout import (
     parity_name,
     plan_parity,
 )
-from mmsplit.sidecar.parity_stripes import Band, StripeBuffer, iter_bands
+from mmsplit.sidecar.parity_stripes import Band, StripeBuffer, iter_bands, payload_bytes_in
 from mmsplit.sidecar.partition_reader import Fault, OpenPartition, open_partition_files
 from mmsplit.sidecar.payload_file import PayloadFile
 from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, WorkerGroup
@@ -37,9 +37,12 @@ from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, Worker
 _MOST_THREADS: Final = 3
 
 
-def make_parity(
-    manifest_path: Path, percent: float, threads: int, progress: ProgressCallback | None = None
-) -> ParityLayout:
+def parity_counter(payloads: Iterable[Path], progress: ProgressCallback | None) -> ProgressCounter:
+    """Return what counts the making of parity for these payloads: each is read twice, to verify and to encode it."""
+    return ProgressCounter("parity", 2 * sum(path.stat().st_size for path in payloads if path.is_file()), progress)
+
+
+def make_parity(manifest_path: Path, percent: float, threads: int, counter: ProgressCounter) -> ParityLayout:
     """Make the parity file of the partition whose manifest is at `manifest_path`, in place of one that is there.
 
     The payload is verified first, to the last byte: parity would keep its damage for ever.  Memory is bounded by the
@@ -49,7 +52,7 @@ def make_parity(
     with open_partition_files(manifest_path, "pread") as partition:
         layout = plan_parity(partition.reader.size_bytes, percent)
         code = StripeCode(layout.data_count, layout.parity_count)  # says at once if it cannot be had
-        _require_sound(partition, threads, progress)
+        _require_sound(partition, threads, counter)
         part_id = partition.manifest.part_id
         path = manifest_path.with_name(parity_name(part_id))
         _require_space(path, layout)
@@ -59,7 +62,7 @@ def make_parity(
         out = PayloadFile(partial, direct=False)
         try:
             run = _ParityRun(layout, code, partition.reader, out)
-            run.execute(ParityHeader(part_id, manifest_digest(manifest_path), layout), threads, progress)
+            run.execute(ParityHeader(part_id, manifest_digest(manifest_path), layout), threads, counter)
         finally:
             out.close()
         partition.reader.require_unchanged()
@@ -70,7 +73,7 @@ def make_parity(
 
 
 def ensure_parity(
-    manifest_path: Path, percent: float, threads: int, progress: ProgressCallback | None = None
+    manifest_path: Path, percent: float, threads: int, counter: ProgressCounter
 ) -> tuple[ParityLayout, bool]:
     """Make the parity file unless it is there, sound, of this payload, and of this percentage.
 
@@ -82,8 +85,9 @@ def ensure_parity(
     if path.is_file() and not find_parity_faults(path, part_id, manifest_digest(manifest_path), look=True):
         with ParityFile(path) as there:
             if there.layout == layout:
+                counter.add(2 * layout.payload_bytes)
                 return layout, False
-    return make_parity(manifest_path, percent, threads, progress), True
+    return make_parity(manifest_path, percent, threads, counter), True
 
 
 def manifest_digest(manifest_path: Path) -> str:
@@ -103,10 +107,9 @@ class _ParityRun:
         self._data: Checksums = np.zeros((layout.data_count, layout.stripe_count), np.uint64)
         self._parity: Checksums = np.zeros((layout.parity_count, layout.stripe_count), np.uint64)
 
-    def execute(self, header: ParityHeader, threads: int, progress: ProgressCallback | None) -> None:
+    def execute(self, header: ParityHeader, threads: int, counter: ProgressCounter) -> None:
         """Write the whole file, and sync it."""
         layout = self._layout
-        counter = ProgressCounter("parity", layout.payload_bytes, progress)
         with WorkerGroup() as group:
 
             def make_worker() -> Callable[[Band], None]:
@@ -114,9 +117,7 @@ class _ParityRun:
 
                 def work(band: Band) -> None:
                     self._encode(band, buffer)
-                    counter.add(
-                        min(layout.payload_bytes, layout.data_count * (band.stop - band.start) * layout.block_bytes)
-                    )
+                    counter.add(payload_bytes_in(band, layout))
 
                 return work
 
@@ -143,11 +144,11 @@ class _ParityRun:
             self._out.write(layout.parity_start + (column * layout.stripe_count + band.start) * size, view)
 
 
-def _require_sound(partition: OpenPartition, threads: int, progress: ProgressCallback | None) -> None:
+def _require_sound(partition: OpenPartition, threads: int, counter: ProgressCounter) -> None:
     """Raise `IntegrityError` with the first of what is wrong with the payload's data, if anything is."""
     faults: list[Fault] = []
-    counter = ProgressCounter("verify", partition.reader.size_bytes, progress)
-    check_chunks(partition, threads, faults.append, counter, decode=False)
+    slots = check_chunks(partition, threads, faults.append, counter, decode=False)
+    counter.add(partition.reader.size_bytes - slots)  # header, index and copy were read at opening
     if faults:
         first = min(faults, key=lambda fault: fault.start or 0)
         raise IntegrityError(

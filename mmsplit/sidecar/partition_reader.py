@@ -255,7 +255,11 @@ def _read_payload(
         )
     named = _MANIFEST_NAME.match(path.name)
     if named and int(named[1]) != manifest.part_id:
-        report(Fault(str(path), f"file holds partition {manifest.part_id}, not {named[1]}", partition=int(named[1])))
+        what = f"file holds partition {manifest.part_id}, not {named[1]}"
+        place = str(path)
+        if copy is not None and data != copy:
+            what, place = f"payload is that of partition {manifest.part_id}: out of place", payload
+        report(Fault(place, what, partition=int(named[1])))
     index_stop = manifest.data_stop + manifest.chunk_count * RECORD_BYTES
     if trailer is not None and (trailer.index_offset, trailer.manifest_offset) != (manifest.data_stop, index_stop):
         what = "payload's trailer does not lead to the manifest's chunk index"
@@ -288,7 +292,7 @@ def _choose_manifest(
     """Return the manifest that the payload carries, else the one on disk; only one of digest `trusted`, if given."""
     if data is not None and trailer is not None:
         is_other = data != copy if copy is not None else xxhash.xxh3_64_intdigest(data) != trailer.manifest_xxh3
-        if is_other:
+        if is_other and (copy is None or trusted is not None or not _is_out_of_place(path, data, copy)):
             report(Fault(str(path), "manifest is not the one written with this payload", 0, len(data)))
     if trusted is not None:
         data, copy = (None if text is None or sha256_of(text) != trusted else text for text in (data, copy))
@@ -307,6 +311,16 @@ def _choose_manifest(
     except IntegrityError as error:
         report(Fault(str(path), error.what))
     return None
+
+
+def _is_out_of_place(path: Path, data: bytes, copy: bytes) -> bool:
+    """Whether the manifest is of the partition that its name says, and the payload's copy is of another one."""
+    named = _MANIFEST_NAME.match(path.name)
+    try:
+        found = parse_manifest(data, str(path)).part_id, parse_manifest(copy, str(path)).part_id
+    except (FormatError, IntegrityError):
+        return False
+    return named is not None and found[0] == int(named[1]) != found[1]
 
 
 def _read_index(manifest: Manifest, reader: FileReader, report: Report, *, is_bound: bool) -> ChunkIndex | None:

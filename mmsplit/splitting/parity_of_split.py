@@ -8,7 +8,7 @@ from pathlib import Path
 from mmsplit.sidecar.manifest import manifest_name, payload_name
 from mmsplit.sidecar.output_files import output_errors
 from mmsplit.sidecar.parity_layout import parity_name, plan_parity
-from mmsplit.sidecar.parity_writer import ensure_parity
+from mmsplit.sidecar.parity_writer import ensure_parity, parity_counter
 from mmsplit.workers import ProgressCallback
 
 
@@ -26,10 +26,11 @@ class ParityOfSplit:
         """Make the parity files of finished partitions; each is looked for once."""
         if self._percent is None:
             return
-        for part_id in part_ids:
-            if part_id not in self._done:
-                ensure_parity(self._directory / manifest_name(part_id), self._percent, self._threads, self._progress)
-                self._done.add(part_id)
+        wanted = [part_id for part_id in part_ids if part_id not in self._done]
+        counter = parity_counter((self._directory / payload_name(part_id) for part_id in wanted), self._progress)
+        for part_id in wanted:
+            ensure_parity(self._directory / manifest_name(part_id), self._percent, self._threads, counter)
+            self._done.add(part_id)
 
     def size_bytes(self, payload_bytes: int) -> int:
         """Length of the parity file of a payload of that length."""

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from mmsplit.codec.erasure import require_erasure_library
 from mmsplit.errors import FormatError, RequestError
+from mmsplit.sidecar.manifest import payload_name
 from mmsplit.sidecar.output_directory import OutputDirectory
-from mmsplit.sidecar.parity_layout import parity_name, percent_hundredths
-from mmsplit.sidecar.parity_writer import ensure_parity
+from mmsplit.sidecar.parity_layout import DEFAULT_PERCENT, parity_name, percent_hundredths
+from mmsplit.sidecar.parity_writer import ensure_parity, parity_counter
 from mmsplit.sidecar.part_ids import part_ids_in
 from mmsplit.sidecar.set_reader import resolve_set_path
 from mmsplit.workers import ProgressCallback, thread_count
@@ -54,7 +55,7 @@ class ParityResult(NamedTuple):
 
 def parity(
     path: str | Path,
-    percent: float = 2.0,
+    percent: float = DEFAULT_PERCENT,
     *,
     only: Sequence[int] | None = None,
     threads: int | None = None,
@@ -75,9 +76,10 @@ def parity(
     part_ids = _part_ids(root, one, only)
     entries = []
     with OutputDirectory(root):
+        counter = parity_counter((root / payload_name(part_id) for part_id in part_ids), progress)
         for part_id in part_ids:
             manifest_path = root / f"partition_{part_id}.json"
-            layout, is_new = ensure_parity(manifest_path, percent, thread_count(threads), progress)
+            layout, is_new = ensure_parity(manifest_path, percent, thread_count(threads), counter)
             entries.append(
                 ParityEntry(
                     part_id,

@@ -284,7 +284,8 @@ def _open(
         return None
     if entry is not None:
         payload = path.parent / entry.payload_file
-        if payload.is_file() and payload.stat().st_size != entry.payload_bytes:
+        is_another = partition is not None and partition.manifest.part_id != entry.part_id
+        if not is_another and payload.is_file() and payload.stat().st_size != entry.payload_bytes:
             found = payload.stat().st_size
             what = f"payload has another size: expected {entry.payload_bytes:,} bytes, found {found:,}"
             report_here(Fault(str(payload), what, min(found, entry.payload_bytes), max(found, entry.payload_bytes)))
@@ -301,7 +302,8 @@ def _verify_parity(
 ) -> None:
     """Check the parity file, if there is one.  A scrub reads its blocks in the part that has the last chunk."""
     look = level != "quick" and (wanted is None or not len(wanted) or bool(wanted[-1]))
-    part_id = partition.manifest.part_id
+    # Not that of a payload that is out of place: that one is looked at in its turn.
+    part_id = partition.manifest.part_id if entry is None else entry.part_id
     found = find_parity_faults(
         partition.path.with_name(parity_name(part_id)),
         part_id,

@@ -20,6 +20,7 @@ from mmsplit.errors import IntegrityError, MissingExtraError, NoSpaceError, Requ
 from mmsplit.sidecar.disk_forecast import DiskForecast
 from mmsplit.sidecar.parity_file import ParityFile
 from mmsplit.sidecar.parity_layout import (
+    DEFAULT_PERCENT,
     PAGE_BYTES,
     ParityHeader,
     ParityLayout,
@@ -34,6 +35,7 @@ from mmsplit.verbs.parity import parity
 from mmsplit.verbs.repair import repair
 from mmsplit.verbs.split import split
 from mmsplit.verbs.verify import verify
+from mmsplit.workers import Progress
 
 pytest.importorskip("pyeclib")
 
@@ -322,20 +324,6 @@ def test_of_all_parts_of_a_scrub_one_reads_the_parity(damaged: Path) -> None:
     assert found == [True, True, False]
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda path: path.write_bytes(b""), lambda path: os.truncate(path, path.stat().st_size - 1)]
-)
-def test_without_a_header_nobody_knows_the_share(damage: Callable[[Path], None], damaged: Path, made: Path) -> None:
-    """So repair leaves the file to the one who does."""
-    damage(damaged / PARITY)
-    result = repair(damaged)
-    assert not result.ok
-    assert "no sound header" in result.problems[0].what
-    assert "mmsplit parity" in result.problems[0].what
-    parity(damaged, 3)
-    assert tree(damaged) == tree(made)
-
-
 def test_parity_of_another_payload(source: Path, damaged: Path, made: Path, tmp_path: Path) -> None:
     """It is found, never used, and made again; the damage that it does not mend stays damage."""
     split(source, tmp_path / "other", 1, codec="zstd", model_id="other", parity=3)
@@ -392,6 +380,58 @@ def test_a_pipe_in_its_place_is_damage(damaged: Path) -> None:
     os.mkfifo(damaged / PARITY)
     assert [fault.what for fault in verify(damaged).problems] == ["parity file is no file"]
     assert repair(damaged).mended == ()
+
+
+def test_a_parity_file_without_a_header_is_made_again(tiny: Path, tmp_path: Path) -> None:
+    """It gets the share of another parity file of the set; where none says one, the default."""
+    root = tmp_path / "set"
+    shutil.copytree(tiny, root)
+    other = root / "partition_1.parity"
+    other.write_bytes(b"")
+    assert [fault.what for fault in verify(root).problems] == ["parity file has no sound header"]
+    assert [mended.file for mended in repair(root, dry_run=True).mended] == [str(other)]
+    assert repair(root).ok
+    assert tree(root) == tree(tiny)
+    other.write_bytes(bytes(9000))
+    (root / PARITY).write_bytes(b"")
+    assert repair(root).ok
+    assert {_layout(root, name).percent for name in (PARITY, other.name)} == {DEFAULT_PERCENT}
+    assert verify(root).ok
+
+
+def test_damage_of_a_parity_file_is_one_problem(tiny: Path, tmp_path: Path) -> None:
+    """Also where the payload of another partition is one of this partition."""
+    root = tmp_path / "set"
+    shutil.copytree(tiny, root)
+    shutil.copy(root / "partition_1.bin", root / PAYLOAD)
+    (root / "partition_1.parity").write_bytes(b"")
+    found = [fault.file for fault in verify(root).problems]
+    assert found == [str(root / PAYLOAD), str(root / "partition_1.parity")]
+
+
+def test_what_cannot_be_made_again_is_said_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reason, and what to do."""
+    root = tmp_path / "set"
+    shutil.copytree(tiny, root)
+    (root / PARITY).write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyeclib.ec_iface", None)
+    [left] = repair(root).problems
+    assert left.what.count("no sound header") == 1
+    assert "mmsplit[parity]" in left.what or "cannot be made again: " in left.what
+
+
+def test_progress_counts_all_payloads_to_its_total_once(tiny: Path, tmp_path: Path) -> None:
+    """One stage of one length, which grows to its end and never beyond; found parity counts as done."""
+    root = tmp_path / "set"
+    shutil.copytree(tiny, root)
+    (root / PARITY).unlink()
+    seen: list[Progress] = []
+    parity(root, 10, threads=1, progress=seen.append)
+    total = 2 * sum((root / f"partition_{k}.bin").stat().st_size for k in range(2))
+    assert {(progress.stage, progress.total_bytes) for progress in seen} == {("parity", total)}
+    done = [progress.done_bytes for progress in seen]
+    assert done == sorted(done)
+    assert done[-1] == total
 
 
 def test_no_parity_of_a_damaged_payload(damaged: Path) -> None:

@@ -241,7 +241,7 @@ _MIX_UPS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "payload gone": (_remove("partition_1.bin"), "partition_1.bin: payload is missing"),
     "set manifest gone": (_remove(SET_MANIFEST_NAME), f"{SET_MANIFEST_NAME}: set manifest is missing"),
     "small file gone": (_remove("config.json"), "config.json: file of the model is missing"),
-    "payloads swapped": (_swap(".bin"), "partition_0.json: manifest is not the one written with this payload"),
+    "payloads swapped": (_swap(".bin"), "partition_0.bin: payload is that of partition 1: out of place"),
     "manifests swapped": (_swap(".json"), "partition_1.json: manifest is not the one the set was made with"),
     "partitions swapped": (_swap_both, "partition_0.json: file holds partition 1, not 0"),
     "stale JSON": (
@@ -469,3 +469,14 @@ def test_files_that_cannot_be_read_are_damage(damaged: Path) -> None:
     problems = _problems(verify(damaged))
     assert "partition_0.json: manifest cannot be read: Is a directory" in problems
     assert "config.json: file of the model is missing" in problems
+
+
+def test_payloads_out_of_place_are_said_of_the_payloads_alone(damaged: Path) -> None:
+    """Their manifests are right, and nothing else is wrong."""
+    _swap(".bin")(damaged, damaged)
+    assert _problems(verify(damaged)) == [
+        "partition_0.bin: payload is that of partition 1: out of place",
+        "partition_1.bin: payload is that of partition 0: out of place",
+    ]
+    result = verify(damaged / "partition_0.json")
+    assert _problems(result) == ["partition_0.bin: payload is that of partition 1: out of place"]
