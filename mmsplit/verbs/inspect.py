@@ -140,6 +140,8 @@ def _inspect_partitions(path: Path) -> PartitionInfo | SetInfo | None:
         with open_partition_files(path, "pread") as partition:
             return PartitionInfo(partition.path, partition.manifest, partition.reader.size_bytes)
     if any(path.glob("partition_*.json")) and not any(form_of(file.name) for file in path.iterdir()):
+        from mmsplit.sidecar.set_reader import read_set_manifest
+
         read_set_manifest(path)  # says what is missing
     return None
 
