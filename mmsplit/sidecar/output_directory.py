@@ -247,8 +247,8 @@ class OutputDirectory:
                 hint = f"To go on with that one: --revision {there['revision']}. {hint}"
             if different == ["model_id"] and there.get("model_id"):
                 hint = (
-                    "The id is the name of the source's directory unless split is told --model-id; to go on with what is"
-                    f" there: --model-id {there['model_id']}. {hint}"
+                    "The id is the name of the source's directory unless split is told --model-id; to go on with what"
+                    f" is there: --model-id {there['model_id']}. {hint}"
                 )
         else:
             reason = f"output holds {what} of the same source and plan"

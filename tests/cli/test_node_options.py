@@ -107,7 +107,10 @@ def test_what_is_balanced_is_shown(
         (["--nodes", "NODES", "-n", "2"], "nodes and num_parts both say how to cut"),
         (["--nodes", "NODES", "--weights", "1,2"], "nodes and weights both say how to cut"),
         (["--nodes", "NODES", "--boundaries", "lm_head"], "nodes and boundaries both say how to cut"),
-        (["--nodes", "NODES", "--reserve", "all"], "node 'desktop', field 'reserve'"),
+        (
+            ["--nodes", "NODES", "--reserve", "5G"],
+            "error: the reserve asked for is none for node 'desktop' (expected a fraction",
+        ),
         (["--nodes", "NODES", "--context", "0"], "--context"),
         (["--nodes", "NODES", "--context", "100000000"], "model does not fit on these 3 nodes"),
         (["--nodes", "absent.toml"], "absent.toml: nodes file cannot be read"),
