@@ -14,6 +14,7 @@ import numpy as np
 import mmsplit.benchmark.rates as rates
 from mmsplit.benchmark.sample import choose_tensors, write_sample
 from mmsplit.checkpoint import Checkpoint, Scratch, TensorInfo, open_checkpoint
+from mmsplit.durable import make_directory, remove_empty
 from mmsplit.errors import OutputError
 from mmsplit.sidecar.output_directory import free_bytes
 from mmsplit.sidecar.output_files import output_errors
@@ -129,12 +130,13 @@ def bench(
     """
     base = Path(out) if out is not None else Path(tempfile.gettempdir())
     with output_errors(base):
-        base.mkdir(parents=True, exist_ok=True)
+        made = make_directory(base)
         work = Path(tempfile.mkdtemp(prefix="mmsplit-bench-", dir=base))
     try:
         return _bench(source, work, sample_bytes, thread_count(threads), say)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        remove_empty(made)
 
 
 def _bench(source: str | Path | None, work: Path, sample_bytes: int, threads: int, say: Say) -> BenchResult:

@@ -30,7 +30,7 @@ def run(arguments: Sequence[str]) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import click
 
-    from mmsplit.cli.app import app
+    from mmsplit.cli.app import GOES_ON, app
     from mmsplit.errors import MmsplitError, OutputError
 
     debug = "--debug" in arguments
@@ -51,12 +51,8 @@ def run(arguments: Sequence[str]) -> int:
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as stop:
         interrupted = isinstance(stop, KeyboardInterrupt) or isinstance(stop.__cause__, KeyboardInterrupt)
-        said = (
-            "interrupted. The same split, repartition, merge or export goes on with --resume, a download or pull as it"
-            " is."
-            if interrupted
-            else "nothing done"
-        )
+        command = next((word for word in words if not word.startswith("-")), "")
+        said = f"interrupted. {GOES_ON.get(command, '')}".rstrip() if interrupted else "nothing done"
         click.echo(f"mmsplit: {said}", err=True)
         return 130
     except MmsplitError as error:

@@ -27,6 +27,27 @@ _COMMANDS: Final = {
     "bench": "Measure this machine, and say what limits it.",
 }
 
+_RESUMED: Final = "The same command goes on with --resume."
+_AS_IT_IS: Final = "The same command goes on."
+_ANEW: Final = "Nothing was changed; the same command begins anew."
+#: Command -> what there is to do when it was interrupted.
+GOES_ON: Final = {
+    "inspect": _ANEW,
+    "plan": _ANEW,
+    "download": _AS_IT_IS,
+    "split": _RESUMED,
+    "verify": _ANEW,
+    "repair": "What is mended stays; the same command goes on.",
+    "repartition": _RESUMED,
+    "parity": "Parity files that are finished stay; the same command goes on.",
+    "sign": _ANEW,
+    "merge": _RESUMED,
+    "export": _RESUMED,
+    "pull": _AS_IT_IS,
+    "push": "Nothing is published; the same command sends what is not there yet.",
+    "bench": "What it wrote is removed; the same command begins anew.",
+}
+
 _EPILOG: Final = """\b
 Exit codes:
   0  done                          5  integrity: bytes are not as they were written

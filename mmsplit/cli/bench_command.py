@@ -45,8 +45,13 @@ def bench_command(
     """
     sample_bytes = int(sample_gb * 1e9)
     writes = planned_write_bytes(sample_bytes, synthetic=source is None)
-    if writes > _ASK_ABOVE_BYTES and not yes:
-        click.confirm(f"This writes up to {size(writes)}. Go on?", abort=True, err=True)
+    if (
+        writes > _ASK_ABOVE_BYTES
+        and not yes
+        and not click.confirm(f"This writes up to {size(writes)}. Go on?", err=True)
+    ):
+        click.echo("not run", err=True)
+        return
     say = (lambda _: None) if quiet else (lambda step: click.echo(f"{step} …", err=True))
     result = bench(source, out, sample_bytes=sample_bytes, threads=threads, say=say)
     estimate = {} if model_gb is None else {"seconds_for_model": result.seconds_for(int(model_gb * 1e9))}

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Final, Protocol
 import click
 
 if TYPE_CHECKING:  # every command prints, few read payloads: numpy alone takes 0.1 s to import
-    from mmsplit.planning import PlannedPartition
+    from mmsplit.planning import Plan, PlannedPartition
     from mmsplit.sidecar.partition_reader import Fault
+    from mmsplit.sidecar.set_manifest import PartitionEntry
 
 #: Longest text in a cell of a table, in characters.
 _CELL_LIMIT: Final = 120
@@ -99,6 +100,20 @@ def contents(part: PlannedPartition) -> str:
     span = names if len(names) < 2 else [f"{names[0]} … {names[-1]}"]
     found = ", ".join([*span, *(layer.name for layer in layers if layer.moved)]) or "-"
     return found if part.label is None else f"{part.label}: {found}"
+
+
+def written_table(entries: Sequence[PartitionEntry], plan: Plan) -> str:
+    """Return a table of partitions that were written, with the machine that each is for where the plan has any."""
+    rows = []
+    for entry in entries:
+        part = plan.partitions[entry.part_id]
+        ratio = percent(entry.stored_bytes, entry.total_bytes)
+        node = () if plan.placement is None else (part.node or "-",)
+        rows.append(
+            (*node, str(entry.part_id), contents(part), size(entry.total_bytes), size(entry.stored_bytes), ratio)
+        )
+    heads = (*(() if plan.placement is None else ("node",)), "partition", "layers", "raw", "stored", "ratio")
+    return table(heads, rows, [head not in {"node", "layers"} for head in heads])
 
 
 def layer_table(layers: Sequence[LayerLike], *, every: bool) -> str:

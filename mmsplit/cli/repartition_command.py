@@ -10,7 +10,7 @@ from mmsplit.checkpoint import IoMode
 from mmsplit.cli.node_options import node_options
 from mmsplit.cli.options import PART_IDS, PATH, json_option, root_option, set_planning_options, work_options
 from mmsplit.cli.progress import ProgressDisplay
-from mmsplit.cli.render import contents, echo, echo_json, notes, percent, size, table
+from mmsplit.cli.render import echo, echo_json, notes, size, written_table
 from mmsplit.planning import By, NodeRequest, SplitBy, TiedMode
 from mmsplit.remote.source import HubOptions
 from mmsplit.sidecar.output_directory import Existing
@@ -111,17 +111,7 @@ def _show(result: RepartitionResult) -> None:
         echo(f"{result.path} holds this set already; nothing to do")
     elif result.resumed_bytes:
         echo(f"{size(result.resumed_bytes)} were there already, intact")
-    rows = [
-        (
-            str(entry.part_id),
-            contents(result.plan.partitions[entry.part_id]),
-            size(entry.total_bytes),
-            size(entry.stored_bytes),
-            percent(entry.stored_bytes, entry.total_bytes),
-        )
-        for entry in result.partitions
-    ]
-    echo(table(("partition", "layers", "raw", "stored", "ratio"), rows, (True, False, True, True, True)))
+    echo(written_table(result.partitions, result.plan))
     if not result.already_finished:
         echo(f"\n  {_moved(result)}")
     if result.root_digest is None:

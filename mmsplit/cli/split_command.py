@@ -11,7 +11,7 @@ from mmsplit.cli.consume_option import announce_disk, consume_option
 from mmsplit.cli.node_options import node_options
 from mmsplit.cli.options import PART_IDS, PATH, PERCENT, json_option, planning_options, work_options
 from mmsplit.cli.progress import ProgressDisplay
-from mmsplit.cli.render import contents, echo, echo_json, notes, percent, size, table
+from mmsplit.cli.render import echo, echo_json, notes, size, written_table
 from mmsplit.cli.source_options import chosen_source, hub_of, hub_options, source_argument
 from mmsplit.codec import CodecName
 from mmsplit.planning import By, NodeRequest, SplitBy, TiedMode
@@ -146,17 +146,7 @@ def _show(result: SplitResult) -> None:
         echo(f"{size(result.resumed_bytes)} were there already, intact")
     if result.moved_bytes is not None:
         echo(f"{size(result.needed_bytes)} of the model needed, {size(result.moved_bytes)} moved over the network")
-    rows = [
-        (
-            str(entry.part_id),
-            contents(result.plan.partitions[entry.part_id]),
-            size(entry.total_bytes),
-            size(entry.stored_bytes),
-            percent(entry.stored_bytes, entry.total_bytes),
-        )
-        for entry in result.partitions
-    ]
-    echo(table(("partition", "layers", "raw", "stored", "ratio"), rows, (True, False, True, True, True)))
+    echo(written_table(result.partitions, result.plan))
     if result.deleted:
         echo(f"\n  {len(result.deleted)} shard(s) of the source deleted: {', '.join(result.deleted)}")
     if result.root_digest is None:

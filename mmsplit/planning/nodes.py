@@ -19,7 +19,8 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Final, Literal, NamedTuple, get_args
 
-from mmsplit.planning.toml_fields import parse_toml, require_known, wrong_field
+from mmsplit.errors import PlanError
+from mmsplit.planning.toml_fields import parse_toml, require_known, show_value, wrong_field
 
 #: Which node comes first in the pipeline: as written, or whichever order is best.
 NodeOrder = Literal["file", "any"]
@@ -102,8 +103,8 @@ def nodes_of(document: Mapping[str, object], where: str, reserve: float | str | 
         raise wrong_field(where, "the file", "node", "a table [[node]] for each machine", found)
     if len(tables) > MAX_NODES:
         raise wrong_field(where, "the file", "node", f"at most {MAX_NODES} of them", len(tables))
-    default = document.get("reserve", DEFAULT_RESERVE) if reserve is None else reserve
-    nodes = tuple(_node(table, position, default, where) for position, table in enumerate(tables))
+    default = document.get("reserve", DEFAULT_RESERVE)
+    nodes = tuple(_node(table, position, default, reserve, where) for position, table in enumerate(tables))
     seen: set[str] = set()
     for node in nodes:
         if node.name in seen:
@@ -112,7 +113,7 @@ def nodes_of(document: Mapping[str, object], where: str, reserve: float | str | 
     return NodeList(nodes, "any" if order == "any" else "file")
 
 
-def _node(table: Mapping[str, object], position: int, default_reserve: object, where: str) -> Node:
+def _node(table: Mapping[str, object], position: int, default: object, asked: float | str | None, where: str) -> Node:
     name = table.get("name")
     if not isinstance(name, str) or not name.strip() or len(name) > 100 or not name.isprintable():
         found = "none" if name is None else name
@@ -124,10 +125,21 @@ def _node(table: Mapping[str, object], position: int, default_reserve: object, w
     memory = _size(table["memory"], where, who, "memory")
     if memory == 0:
         raise wrong_field(where, who, "memory", _SIZE_EXPECTED, table["memory"])
+    written = table.get("reserve", default if asked is None else None)
+    reserve = _reserve_bytes(asked if written is None else written, memory)
+    if reserve is None and written is None:
+        raise PlanError(
+            f"the reserve asked for is none for {who}",
+            expected=_RESERVE_EXPECTED,
+            found=show_value(asked),
+            hint="Correct --reserve (reserve=).",
+        )
+    if reserve is None:
+        raise wrong_field(where, who, "reserve", _RESERVE_EXPECTED, written)
     return Node(
         name=name,
         memory_bytes=memory,
-        reserve_bytes=_reserve(table.get("reserve", default_reserve), memory, where, who),
+        reserve_bytes=reserve,
         disk_bytes=_size(table["disk"], where, who, "disk") if "disk" in table else None,
         speed=_ratio(table["speed"], where, who, "speed") if "speed" in table else None,
         share=_ratio(table["share"], where, who, "share") if "share" in table else None,
@@ -135,6 +147,13 @@ def _node(table: Mapping[str, object], position: int, default_reserve: object, w
 
 
 def _size(value: object, where: str, who: str, field: str) -> int:
+    size = _size_bytes(value)
+    if size is None:
+        raise wrong_field(where, who, field, f"{_SIZE_EXPECTED}, up to 1024 PiB", value)
+    return size
+
+
+def _size_bytes(value: object) -> int | None:
     if type(value) is int and 0 <= value <= _MAX_BYTES:
         return value
     match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
@@ -142,17 +161,14 @@ def _size(value: object, where: str, who: str, field: str) -> int:
         count = int(Fraction(match[1]) * _UNIT_BYTES[match[2]])
         if count <= _MAX_BYTES:
             return count
-    raise wrong_field(where, who, field, f"{_SIZE_EXPECTED}, up to 1024 PiB", value)
+    return None
 
 
-def _reserve(value: object, memory: int, where: str, who: str) -> int:
+def _reserve_bytes(value: object, memory: int) -> int | None:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1:
         return int(memory * Fraction(str(value)))
-    if isinstance(value, str):
-        amount = _size(value, where, who, "reserve")
-        if amount < memory:
-            return amount
-    raise wrong_field(where, who, "reserve", _RESERVE_EXPECTED, value)
+    amount = _size_bytes(value) if isinstance(value, str) else None
+    return amount if amount is not None and amount < memory else None
 
 
 def _ratio(value: object, where: str, who: str, field: str) -> Fraction:

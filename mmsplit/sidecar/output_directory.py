@@ -11,14 +11,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal
 
 import xxhash
 
-from mmsplit.durable import make_directory
+from mmsplit.durable import make_directory, remove_empty
 from mmsplit.errors import MmsplitError, NoSpaceError, OutputError, OutputExistsError, OutputLockedError
 from mmsplit.regular_files import read_regular
 from mmsplit.sidecar.file_names import STATE_NAME as STATE_NAME
@@ -49,7 +49,7 @@ Found = Literal["nothing", "partitions", "unfinished", "finished"]
 
 
 class OutputDirectory:
-    """An output directory, locked from `__enter__` to `__exit__`.
+    """An output directory, locked from `__enter__` to `__exit__`.  What it made is removed if an error leaves it empty.
 
     `small_files` are those that earlier runs wrote here, by name the SHA-256 of what they may hold; `prepare` finds
     them in the set or unfinished run that it continues or removes; None where that cannot be read.  `neighbours` are
@@ -62,12 +62,13 @@ class OutputDirectory:
         self.neighbours: frozenset[int] = frozenset()
         self._own_names: list[str] = []
         self._lock_fd = -1
+        self._made: list[Path] = []
 
     def __enter__(self) -> OutputDirectory:
         with output_errors(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise OutputExistsError("output is not a directory", path=self.path, hint="Give another -o DIR.")
-            make_directory(self.path)
+            self._made = make_directory(self.path)
         with output_errors(self.path / LOCK_NAME):
             self._lock_fd = _lock(self.path / LOCK_NAME)
         return self
@@ -75,7 +76,8 @@ class OutputDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _unlock(self.path / LOCK_NAME, self._lock_fd)
+        # A run that was refused leaves nothing behind, not even the directory that it made.
+        _unlock(self.path / LOCK_NAME, self._lock_fd, [] if error is None else self._made)
         self._lock_fd = -1
 
     def prepare(
@@ -395,7 +397,11 @@ def _is_ours(path: Path) -> bool:
 def _lock(path: Path) -> int:
     """Take the lock file's lock; the loser of a race with its removal tries again on the new file."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        except FileNotFoundError:  # a run that was refused has removed the directory that it had made
+            make_directory(path.parent)
+            continue
         try:
             if not _try_lock(fd):
                 raise OutputLockedError(
@@ -430,7 +436,8 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
-def _unlock(path: Path, fd: int) -> None:
+def _unlock(path: Path, fd: int, made: Iterable[Path]) -> None:
+    """Give the lock back, and remove directories that were `made` and are empty; that still under the lock."""
     if fd < 0:
         return
     try:
@@ -438,4 +445,5 @@ def _unlock(path: Path, fd: int) -> None:
             path.unlink(missing_ok=True)
     except OSError:
         pass  # a lock file that stays does no harm
+    remove_empty(made)
     os.close(fd)

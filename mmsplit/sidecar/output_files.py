@@ -31,7 +31,7 @@ def output_errors(path: Path) -> Iterator[None]:
             raise NoSpaceError(
                 f"cannot write: {error.strerror}",
                 path=path,
-                hint="Free some space, then run the same command again with --resume.",
+                hint="Free some space, then run the same command again, with --resume where it has that option.",
             ) from error
         raise OutputError(
             f"cannot write: {error.strerror or error}",

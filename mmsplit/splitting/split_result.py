@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -62,10 +63,19 @@ class SplitResult(NamedTuple):
             "moved_bytes": self.moved_bytes,
             "total_bytes": self.total_bytes,
             "stored_bytes": self.stored_bytes,
-            "partitions": [entry._asdict() for entry in self.partitions],
+            "partitions": written_json(self.partitions, self.plan),
             "notes": list(self.plan.notes),
             **consumed,
         }
+
+
+def written_json(entries: Sequence[PartitionEntry], plan: Plan) -> list[dict[str, object]]:
+    """Return what `--json` shows of partitions that were written; `node` where the plan was for machines."""
+    shown = []
+    for entry in entries:
+        node = plan.partitions[entry.part_id].node
+        shown.append(entry._asdict() | ({} if node is None else {"node": node}))
+    return shown
 
 
 @dataclass(frozen=True, kw_only=True)

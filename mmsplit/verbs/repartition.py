@@ -25,6 +25,7 @@ from mmsplit.sidecar.manifest_builder import Origin
 from mmsplit.sidecar.output_directory import Existing, OutputDirectory
 from mmsplit.sidecar.set_manifest import PartitionEntry, SetManifest
 from mmsplit.splitting import SplitOptions, SplitResult, SplitRun
+from mmsplit.splitting.split_result import written_json
 from mmsplit.workers import ProgressCallback, thread_count
 
 _EXISTING: Final = ", ".join(get_args(Existing))
@@ -65,7 +66,7 @@ class RepartitionResult(NamedTuple):
             "copied_bytes": self.copied_bytes,
             "shared_bytes": self.shared_bytes,
             "encoded_bytes": self.encoded_bytes,
-            "partitions": [entry._asdict() for entry in self.partitions],
+            "partitions": written_json(self.partitions, self.plan),
             "notes": list(self.plan.notes),
         }
 

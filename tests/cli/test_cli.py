@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,12 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from mmsplit.cli import run
+from mmsplit.cli.app import GOES_ON, app
 
+COMMANDS = app.list_commands(click.Context(app))
 TINY = {
     "model.embed_tokens.weight": np.arange(64, dtype=np.float32).reshape(16, 4),
     "model.layers.0.mlp.weight": np.ones((8, 4), np.float32),
@@ -235,6 +239,36 @@ def test_interrupt_is_clean(checkpoint: Path, tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out" / "partition_set.json").exists()
     assert run([*words, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_interrupted_command_says_how_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """Only what has --resume is told to use it."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    assert command in GOES_ON
+    loaded = app.get_command(click.Context(app), command)
+    assert loaded is not None
+    monkeypatch.setattr(loaded, "invoke", interrupted)
+    monkeypatch.setattr(loaded, "make_context", lambda *_, **__: click.Context(loaded))
+    assert run([command]) == 130
+    said = capsys.readouterr().err
+    assert "interrupted. " in said
+    assert ("--resume" in said) == any("--resume" in option.opts for option in loaded.params)
+
+
+@pytest.mark.parametrize(("answer", "code", "word"), [("n\n", 0, "not run"), ("", 130, "nothing done")])
+def test_who_does_not_want_so_much_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: str, code: int, word: str
+) -> None:
+    """No is an answer and no error; no answer at all ends it like Ctrl-C."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    assert run(["bench", "--sample-gb", "500"]) == code
+    assert word in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["--version"], ["split", "--help"]])

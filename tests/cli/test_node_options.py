@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from checkpoints import CAUSAL_CONFIG, llama_weights, write_checkpoint
 
 from mmsplit.checkpoint.header_writer import format_header
 from mmsplit.cli import run
@@ -87,6 +88,24 @@ def test_json_carries_the_request(checkpoint: Path, nodes: Path, capsys: pytest.
     assert json.loads(capsys.readouterr().out)["placement"]["kv_dtype"] == "F8_E4M3"
 
 
+def test_split_says_which_node_gets_which_partition(
+    nodes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As plan does; repartition, too, and both as JSON."""
+    write_checkpoint(tmp_path / "small", [llama_weights(4)], files={"config.json": CAUSAL_CONFIG})
+    words = ["split", str(tmp_path / "small"), "-o", str(tmp_path / "set"), "--nodes", str(nodes), "-q"]
+    again = ["repartition", str(tmp_path / "set"), "-o", str(tmp_path / "again"), *words[4:]]
+    for command in (words, again):
+        assert run(command) == 0
+        head, *lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert head == ["node", "partition", "layers", "raw", "stored", "ratio"]
+        shown = [line[:2] for line in lines[: [*lines, []].index([])]]
+        assert run([*command, "--resume", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["partitions"]
+        assert shown == [[part["node"], str(part["part_id"])] for part in found]
+        assert "desktop" in {part["node"] for part in found}
+
+
 @pytest.mark.parametrize(("objective", "column"), [("speed", "stage time"), ("share", "has of wish")])
 def test_what_is_balanced_is_shown(
     checkpoint: Path, nodes: Path, capsys: pytest.CaptureFixture[str], objective: str, column: str
@@ -107,7 +126,10 @@ def test_what_is_balanced_is_shown(
         (["--nodes", "NODES", "-n", "2"], "nodes and num_parts both say how to cut"),
         (["--nodes", "NODES", "--weights", "1,2"], "nodes and weights both say how to cut"),
         (["--nodes", "NODES", "--boundaries", "lm_head"], "nodes and boundaries both say how to cut"),
-        (["--nodes", "NODES", "--reserve", "all"], "node 'desktop', field 'reserve'"),
+        (
+            ["--nodes", "NODES", "--reserve", "5G"],
+            "error: the reserve asked for is none for node 'desktop' (expected a fraction",
+        ),
         (["--nodes", "NODES", "--context", "0"], "--context"),
         (["--nodes", "NODES", "--context", "100000000"], "model does not fit on these 3 nodes"),
         (["--nodes", "absent.toml"], "absent.toml: nodes file cannot be read"),

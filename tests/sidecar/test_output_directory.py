@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,45 @@ def test_the_lock_is_held_and_goes_away(tmp_path: Path) -> None:
         pass
     assert list((tmp_path / "a" / "b").iterdir()) == []
     assert open_descriptors() == before
+
+
+def test_a_run_that_is_refused_leaves_no_empty_directory(tmp_path: Path) -> None:
+    """It removes what it made, as far as that is empty; what was there, or holds anything, stays."""
+
+    def refused(path: Path, name: str | None = None) -> None:
+        with suppress(NoSpaceError), OutputDirectory(path) as out:
+            if name is not None:
+                (out.path / name).touch()
+            out.require_space(1 << 62, "all of it")
+            pytest.fail("nobody has so much space")
+
+    refused(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    refused(tmp_path)
+    (tmp_path / "a").mkdir()
+    refused(tmp_path / "a" / "b")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
+    refused(tmp_path / "a" / "b", "half")
+    assert (tmp_path / "a" / "b" / "half").exists()
+
+
+def test_a_directory_that_is_removed_under_us_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was refused may remove it between our look and our lock, before the file is opened or after."""
+    real, calls = fcntl.flock, []
+
+    def flock(fd: int, operation: int) -> None:
+        if not calls:
+            (tmp_path / "a" / LOCK_NAME).unlink()
+            (tmp_path / "a").rmdir()
+        calls.append(fd)
+        real(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with OutputDirectory(tmp_path / "a"):
+        assert (tmp_path / "a" / LOCK_NAME).exists()
+        with pytest.raises(OutputLockedError), OutputDirectory(tmp_path / "a"):
+            pass
+    assert (tmp_path / "a").is_dir()
 
 
 def test_a_lock_file_without_an_owner_is_no_lock(tmp_path: Path) -> None:
