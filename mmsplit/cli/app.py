@@ -44,7 +44,7 @@ GOES_ON: Final = {
     "merge": _RESUMED,
     "export": _RESUMED,
     "pull": _AS_IT_IS,
-    "push": "Nothing is published; the same command sends what is not there yet.",
+    "push": "The same command sends what the Hub does not have yet.",
     "bench": "What it wrote is removed; the same command begins anew.",
 }
 

@@ -83,10 +83,8 @@ def read_set_manifest(root: Path, root_digest: str | None = None, *, may_be_begu
 def _no_set(root: Path) -> FormatError:
     """Say what is missing: no more than the set manifest, some partitions, too, or all of it."""
     names = _manifests_in(root)
-    what, hint = (
-        f"no partition set here: {SET_MANIFEST_NAME} is missing",
-        "Give the directory that mmsplit split wrote.",
-    )
+    what = f"no partition set here: {SET_MANIFEST_NAME} is missing"
+    hint = "Give the directory that mmsplit split wrote."
     if names:
         wanted, here = _num_parts(root / names[0]), sum((root / name).with_suffix(".bin").is_file() for name in names)
         if here == wanted:
@@ -103,7 +101,11 @@ def _no_set(root: Path) -> FormatError:
 def _num_parts(path: Path) -> int | None:
     """Return how many partitions there are to be beside this one; None if its manifest cannot be read."""
     try:
-        return parse_manifest(read_regular(path), str(path)).num_parts
+        return (
+            None
+            if path.stat().st_size > MAX_MANIFEST_BYTES
+            else parse_manifest(read_regular(path), path.name).num_parts
+        )
     except (OSError, FormatError, IntegrityError):
         return None
 

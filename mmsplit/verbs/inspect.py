@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mmsplit.checkpoint import Checkpoint
-from mmsplit.checkpoint.weight_files import form_of
+from mmsplit.checkpoint.weight_files import form_of, index_form, is_partition_file
 from mmsplit.planning import PlannedLayer, checkpoint_layers
 from mmsplit.remote.source import HubOptions, hub_address_of, open_source
 from mmsplit.sidecar.file_names import SET_MANIFEST_NAME, STATE_NAME
@@ -139,7 +139,9 @@ def _inspect_partitions(path: Path) -> PartitionInfo | SetInfo | None:
 
         with open_partition_files(path, "pread") as partition:
             return PartitionInfo(partition.path, partition.manifest, partition.reader.size_bytes)
-    if any(path.glob("partition_*.json")) and not any(form_of(file.name) for file in path.iterdir()):
+    names = [file.name for file in path.glob("*")]
+    has_partitions = any(is_partition_file(name) and name.endswith(".json") for name in names)
+    if has_partitions and not any(form_of(name) or index_form(name) for name in names):
         from mmsplit.sidecar.set_reader import read_set_manifest
 
         read_set_manifest(path)  # says what is missing

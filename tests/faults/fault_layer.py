@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
-Kind = Literal["create", "write", "resize", "sync", "sync_dir", "rename", "unlink", "mkdir", "symlink"]
+Kind = Literal["create", "write", "resize", "sync", "sync_dir", "rename", "unlink", "mkdir", "rmdir", "symlink"]
 
 
 class Crash(BaseException):
@@ -65,7 +65,6 @@ _UNKNOWN = (
     "posix_fallocate",
     "truncate",
     "link",
-    "rmdir",
     "splice",
 )
 
@@ -105,7 +104,8 @@ class Layer:
             "open": self._open, "close": self._close, "write": self._write, "pwrite": self._pwrite,
             "ftruncate": self._ftruncate, "fsync": self._fsync, "fdatasync": self._fsync, "replace": self._rename,
             "rename": self._rename, "unlink": self._unlink, "remove": self._unlink, "mkdir": self._mkdir,
-            "symlink": self._symlink, **{name: self._refuse(name) for name in _UNKNOWN if hasattr(os, name)},
+            "rmdir": self._rmdir, "symlink": self._symlink,
+            **{name: self._refuse(name) for name in _UNKNOWN if hasattr(os, name)},
         }.items():  # fmt: skip
             self._replace(os, name, new)
         self._replace(io, "open", self._open_file)
@@ -268,6 +268,9 @@ class Layer:
 
     def _unlink(self, path: Any, **options: Any) -> None:
         self._changing("unlink", "unlink", path, **options)
+
+    def _rmdir(self, path: Any, **options: Any) -> None:
+        self._changing("rmdir", "rmdir", path, **options)
 
     def _mkdir(self, path: Any, mode: int = 0o777, **options: Any) -> None:
         self._changing("mkdir", "mkdir", path, mode, **options)

@@ -126,7 +126,7 @@ class SimulatedDisk:
             source, old = self._find(path)
             target, new = self._find(operation.other)
             self._change((target, new, source.now[old]), (source, old, None))
-        elif kind == "unlink":
+        elif kind in ("unlink", "rmdir"):
             self._change((*self._find(path), None))
         elif kind == "mkdir":
             self._change((*self._find(path), _Directory()))
