@@ -207,3 +207,16 @@ def test_every_exported_name_exists() -> None:
         assert getattr(mmsplit, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         mmsplit.nope  # noqa: B018
+
+
+def test_the_test_script_has_help_of_its_own() -> None:
+    """Before it prepares anything, and also for a reader that goes away."""
+    words = [sys.executable, str(ROOT / "scripts" / "test"), "--help"]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "scripts/test --torch" in shown.stdout
+    assert shown.stderr == ""
+    reader, writer = os.pipe()
+    os.close(reader)
+    gone = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert gone.stderr == ""

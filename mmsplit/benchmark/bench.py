@@ -171,7 +171,7 @@ def _bench(source: str | Path | None, work: Path, sample_bytes: int, threads: in
 
     by_threads = {}
     for count in rates.thread_counts(threads):
-        say(f"splitting with {count} thread(s)")
+        say(f"splitting with {count} thread{'s' if count > 1 else ''}")
         rates.drop_from_cache(sample_path)
         started = time.perf_counter()
         result = split(sample, work / "set", 2, threads=count, existing="force")

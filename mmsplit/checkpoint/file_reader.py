@@ -28,6 +28,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
@@ -396,7 +397,13 @@ def fingerprint_of(path: Path) -> Fingerprint:
 
 
 def _describe(fingerprint: Fingerprint) -> str:
-    return f"{fingerprint.size_bytes:,} bytes of time {fingerprint.mtime_ns} in inode {fingerprint.inode}"
+    """Say it for people; the inode tells apart what has been put in the place of another file of the same time."""
+    seconds, fraction = divmod(fingerprint.mtime_ns, 10**9)
+    try:
+        when = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{fraction:09} UTC"
+    except (OverflowError, ValueError, OSError):  # a file system keeps times that no calendar has
+        when = f"{seconds} s after 1970"
+    return f"{fingerprint.size_bytes:,} bytes, last written {when}, file number {fingerprint.inode}"
 
 
 def _map_file(fd: int, size_bytes: int) -> tuple[mmap.mmap, int]:

@@ -120,7 +120,11 @@ def _require_magic(cursor: HeaderCursor) -> None:
     if head.startswith(_OLDER_MAGICS):
         cursor.fail("file has a form from before GGUF, which is not read", found=repr(head[:4]), hint=_CONVERT_HINT)
     if not is_gguf_file(head):
-        cursor.fail("file is not a GGUF file", expected=repr(GGUF_MAGIC), found=repr(head[:8]))
+        cursor.fail(
+            "file is not a GGUF file",
+            expected=f"{GGUF_MAGIC.decode()} at its start",
+            found=f"bytes {head[:8].hex(' ')}" if head else "nothing",
+        )
     cursor.skip(len(GGUF_MAGIC))
 
 

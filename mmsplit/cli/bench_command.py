@@ -77,24 +77,38 @@ def _show(result: BenchResult) -> None:
     for item in result.dtypes:
         name = f"{item.dtype} (to {percent(item.ratio, 1)})"
         rows.append((f"encode {name}", "1 thread", _rate(item.encode_one)))
-        rows.append((f"encode {name}", f"{result.threads} threads", _rate(item.encode_all)))
+        rows.append((f"encode {name}", _threads(result.threads), _rate(item.encode_all)))
         rows.append((f"decode {name}", "1 thread", _rate(item.decode_one)))
-        rows.append((f"decode {name}", f"{result.threads} threads", _rate(item.decode_all)))
+        rows.append((f"decode {name}", _threads(result.threads), _rate(item.decode_all)))
     rows += [
-        ("split, source cold" if result.cold else "split", f"{count} thread(s)", _rate(rate))
+        ("split, source cold" if result.cold else "split", _threads(count), _rate(rate))
         for count, rate in result.split_by_threads.items()
     ]
-    rows.append((f"verify, {cold}", f"{result.threads} threads", _rate(result.verify)))
-    rows.append((f"load, {cold}", f"{result.threads} threads", _rate(result.load)))
+    rows.append((f"verify, {cold}", _threads(result.threads), _rate(result.verify)))
+    rows.append((f"load, {cold}", _threads(result.threads), _rate(result.load)))
     echo(f"{result.source}, {size(result.sample_bytes)} of it\n")
     echo(table(("what", "by", "rate"), rows, (False, False, True)))
     limits = ", ".join(
         f"{name} {_rate(rate)}" for name, rate in sorted(result.limits.items(), key=lambda item: item[1])
     )
-    echo(
-        f"\n  rates are raw bytes; a split here is limited by the {result.bottleneck} ({limits})"
-        f"\n  use --threads {result.best_threads}"
-    )
+    echo(f"\n  rates are raw bytes; a split here is limited by the {result.bottleneck} ({limits})\n  {_advice(result)}")
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def _advice(result: BenchResult) -> str:
+    """Which --threads to use and, where it is not the fastest, why."""
+    best, rates = result.best_threads, result.split_by_threads
+    fastest = max(rates, key=lambda count: rates[count])
+    advice = f"use --threads {best}"
+    if best != fastest:
+        more = rates[fastest] / rates[best] - 1
+        advice += (
+            f": {_threads(fastest)} are {100 * more:.0f} % faster, which is within the noise of such a measurement"
+        )
+    return advice
 
 
 def _rate(bytes_per_second: float) -> str:

@@ -41,7 +41,7 @@ from mmsplit.verbs.plan import read_rules
     type=click.FloatRange(min=0, min_open=True),
     default=DEFAULT_SHARD_BYTES / 1e9,
     show_default=True,
-    help="Most tensors in one safetensors file.",
+    help="Most gigabytes of tensors in one safetensors file.",
 )
 @click.option("--resume", is_flag=True, help="Keep files of the same export that are there and right, make the rest.")
 @click.option("--force", is_flag=True, help="Replace what an earlier export wrote to the output.")

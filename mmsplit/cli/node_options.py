@@ -11,7 +11,6 @@ import click
 
 from mmsplit.cli.options import PATH
 from mmsplit.cli.render import contents, echo, percent, table
-from mmsplit.dtypes import DTYPES
 from mmsplit.planning import (
     MemoryRequest,
     NodeRequest,
@@ -21,6 +20,7 @@ from mmsplit.planning import (
     binary_size,
     parse_reserve,
 )
+from mmsplit.planning.memory_needs import KV_DTYPES
 from mmsplit.planning.plan import NodePlacement, PlannedNode
 from mmsplit.verbs.plan import read_nodes
 
@@ -34,6 +34,20 @@ _NEEDS = (
 _BALANCED = {"memory": (), "speed": ("stage time",), "share": ("has of wish",)}
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _KvDtype(click.ParamType[str]):
+    """The name of a dtype, in capitals or not."""
+
+    name = "dtype"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return it as checkpoints spell it."""
+        found = str(value).upper()
+        if found not in KV_DTYPES:
+            self.fail(f"{value!r} is not one of {', '.join(KV_DTYPES)}", param, ctx)
+        return found
+
 
 _OPTIONS = (
     click.option(
@@ -52,8 +66,7 @@ _OPTIONS = (
     click.option("--batch", type=click.IntRange(1), help="With --nodes: sequences at a time.  [default: 1]"),
     click.option(
         "--kv-dtype",
-        type=click.Choice(list(DTYPES), case_sensitive=False),
-        metavar="DTYPE",
+        type=_KvDtype(),
         help="With --nodes: dtype of the KV cache, such as F8_E4M3.  [default: the checkpoint's]",
     ),
     click.option(

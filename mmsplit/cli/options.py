@@ -120,9 +120,9 @@ def _planning_options(command: F, default_tied: str | None) -> F:
                 "--tied",
                 type=click.Choice(["duplicate", "reference", "colocate"]),
                 default=default_tied,
-                show_default="as in SET" if default_tied is None else True,
+                show_default=True,
                 help="A tied weight that a later partition needs: give it a copy, refer to the original, or move"
-                " the layers that use it there.",
+                " the layers that use it there." + ("" if default_tied else "  [default: as in SET]"),
             ),
         )
     ):

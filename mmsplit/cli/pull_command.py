@@ -9,6 +9,7 @@ import click
 from mmsplit.cli.options import PART_IDS, PATH, json_option, root_option
 from mmsplit.cli.progress import ProgressDisplay
 from mmsplit.cli.render import clean, echo, echo_json, size, table
+from mmsplit.cli.source_options import connections_option, token_option
 from mmsplit.remote.source import HubOptions
 from mmsplit.verbs.pull import PullResult, pull
 
@@ -19,14 +20,8 @@ from mmsplit.verbs.pull import PullResult, pull
 @click.option("--only", type=PART_IDS, metavar="K,…", help="Only these partitions, counted from 0.")
 @root_option
 @click.option("--revision", help="Branch, tag or commit on the Hub.  [default: main]")
-@click.option("--token", help="Token for the Hub.  [default: HF_TOKEN, or that of `hf auth login`]")
-@click.option(
-    "--connections",
-    type=click.IntRange(1, 256),
-    default=HubOptions().connections,
-    show_default=True,
-    help="Ranges that are fetched at once.",
-)
+@token_option()
+@connections_option("Ranges that are fetched at once.")
 @click.option("--force", is_flag=True, help="Fetch what is there and wrong again; replace another set of mmsplit's.")
 @click.option("--buffered", is_flag=True, help="Write through the page cache, not past it.")
 @click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Threads that hash.  [default: processors]")

@@ -9,6 +9,7 @@ import click
 from mmsplit.cli.options import PATH, json_option
 from mmsplit.cli.progress import ProgressDisplay
 from mmsplit.cli.render import echo, echo_json, size
+from mmsplit.cli.source_options import token_option
 from mmsplit.remote.source import HubOptions
 from mmsplit.verbs.push import push
 
@@ -18,7 +19,7 @@ from mmsplit.verbs.push import push
 @click.argument("target", metavar="ID")
 @click.option("--private", is_flag=True, help="Make the repository a private one.")
 @click.option("--revision", help="Branch to publish to; made if it is not there.  [default: main]")
-@click.option("--token", help="Token with write permission.  [default: HF_TOKEN, or that of `hf auth login`]")
+@token_option("Access token with write permission")
 @click.option("--force", is_flag=True, help="Replace another set, or files of other content, that are there.")
 @click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Threads that hash.  [default: processors]")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")

@@ -11,6 +11,7 @@ from mmsplit.cli.node_options import node_options
 from mmsplit.cli.options import PART_IDS, PATH, json_option, root_option, set_planning_options, work_options
 from mmsplit.cli.progress import ProgressDisplay
 from mmsplit.cli.render import echo, echo_json, notes, size, written_table
+from mmsplit.cli.source_options import connections_option, token_option
 from mmsplit.planning import By, NodeRequest, SplitBy, TiedMode
 from mmsplit.remote.source import HubOptions
 from mmsplit.sidecar.output_directory import Existing
@@ -34,14 +35,8 @@ from mmsplit.verbs.repartition import RepartitionResult, repartition
 @click.option("--force", is_flag=True, help="Replace what mmsplit wrote to the output before.")
 @click.option("--buffered", is_flag=True, help="Write through the page cache, not past it.")
 @click.option("--revision", help="Branch, tag or commit on the Hub.  [default: main]")
-@click.option("--token", help="Token for the Hub.  [default: HF_TOKEN, or that of `hf auth login`]")
-@click.option(
-    "--connections",
-    type=click.IntRange(1, 256),
-    default=HubOptions().connections,
-    show_default=True,
-    help="Ranges of a set elsewhere that are fetched at once.",
-)
+@token_option()
+@connections_option("Ranges of a set elsewhere that are fetched at once.")
 @work_options
 @json_option
 def repartition_command(

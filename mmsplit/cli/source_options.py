@@ -13,7 +13,7 @@ from mmsplit.remote.source import HubOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_CONNECTIONS = click.IntRange(1, 64)
+_CONNECTIONS = click.IntRange(1, 256)
 
 
 class _Source(click.ParamType[str]):
@@ -50,24 +50,29 @@ def chosen_source(source: str | None, model_id: str | None) -> str:
     return source or model_id or ""
 
 
+def token_option(kind: str = "Access token") -> Callable[[F], F]:
+    """Add --token."""
+    return click.option(
+        "--token",
+        help=f"{kind} of the Hub; better put into HF_TOKEN, where no process list shows it."
+        "  [default: HF_TOKEN, or the login of hf auth login]",
+    )
+
+
+def connections_option(text: str) -> Callable[[F], F]:
+    """Add --connections."""
+    default = HubOptions().connections
+    return click.option("--connections", type=_CONNECTIONS, default=default, show_default=True, help=text)
+
+
 def hub_options(command: F) -> F:
     """Add the options that say how to reach the Hub."""
     for option in reversed(
         (
             click.option("--revision", help="Branch, tag or commit on the Hub.  [default: main]"),
             click.option("--cache-dir", type=PATH, help="The Hub cache.  [default: as HF_HOME says]"),
-            click.option(
-                "--token",
-                help="Access token of the Hub; better put into HF_TOKEN, where no process list shows it."
-                "  [default: HF_TOKEN, or the login of hf auth login]",
-            ),
-            click.option(
-                "--connections",
-                type=_CONNECTIONS,
-                default=HubOptions().connections,
-                show_default=True,
-                help="Ranges fetched from the Hub at once.",
-            ),
+            token_option(),
+            connections_option("Ranges fetched from the Hub at once."),
         )
     ):
         command = option(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mmsplit.cli.render import clean, echo, echo_json, fault_line, size
 from mmsplit.cli.scrub_options import scrub_of, scrub_options
 from mmsplit.cli.source_options import SOURCE, hub_of, hub_options
 from mmsplit.errors import IntegrityError
+from mmsplit.sidecar.partition_reader import Fault
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME
 from mmsplit.verbs.verify import Level, verify
 
@@ -92,10 +94,21 @@ def verify_command(
     else:
         for fault in result.problems:
             echo(clean(fault_line(fault)))
-        click.echo(
-            f"mmsplit: {len(result.problems)} problem(s) found. Make what is damaged again with:"
-            " mmsplit repair SET --from SOURCE\n"
-            "A node that has only some partitions verifies each by its name: mmsplit verify DIR/partition_K.json",
-            err=True,
-        )
+        click.echo("mmsplit: " + "\n".join(map(clean, _advice(path, against, result.problems))), err=True)
     return 0 if result.ok else IntegrityError.exit_code
+
+
+def _advice(path: Path, against: str | None, problems: tuple[Fault, ...]) -> list[str]:
+    """What to do about problems, in lines."""
+    root = path if path.is_dir() else path.parent
+    of_set = [fault for fault in problems if Path(fault.file).is_relative_to(root)]
+    found = f"{len(problems)} problem(s) found"
+    if not of_set:
+        return [f"{found}, all in {against}; nothing is wrong with {path}"]
+    source = "SOURCE" if against is None or len(of_set) < len(problems) else shlex.quote(against)
+    repair = f"mmsplit repair {shlex.quote(str(path))} --from {source}"
+    lines = [f"{found}. Make what is damaged again with: {repair}"]
+    if any(fault.what in ("manifest is missing", "payload is missing") for fault in of_set):
+        one = shlex.quote(str(root / "partition_K.json"))
+        lines.append(f"A node that has only some partitions verifies each by its name: mmsplit verify {one}")
+    return lines

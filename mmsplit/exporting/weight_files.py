@@ -49,7 +49,7 @@ def lay_out_files(
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             raise RequestError(
-                "tensor's dtype is none that safetensors has",
+                "safetensors has no such dtype",
                 tensor=tensor.name,
                 found=tensor.dtype,
                 hint="Only a merge gives such weights (quantised blocks, say) back, in their own format.",

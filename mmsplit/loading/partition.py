@@ -26,6 +26,9 @@ class PartitionLayer(LayerEntry):
 
     _partition: Partition
 
+    def __repr__(self) -> str:
+        return f"<PartitionLayer {self.name}: {len(self.tensors)} tensors, {self.total_bytes:,} bytes>"
+
     @property
     def shape(self) -> tuple[int, ...]:
         """That of the layer's tensor; of a layer with several, that of `parameters`."""

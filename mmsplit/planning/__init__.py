@@ -1,7 +1,7 @@
 """Who gets what: layers and a request -> `Plan`.  Pure; its JSON is the dry run."""
 
 from mmsplit.planning.cuts import plan_checkpoint
-from mmsplit.planning.lookalikes import possible_ties
+from mmsplit.planning.lookalikes import notes_before_split, possible_ties
 from mmsplit.planning.memory_needs import MemoryRequest
 from mmsplit.planning.node_planner import boundaries_of, plan_for_nodes, plan_for_nodes_or_parts
 from mmsplit.planning.node_problem import NodeRequest, Objective
@@ -32,6 +32,7 @@ __all__ = [
     "boundaries_of",
     "checkpoint_layers",
     "iter_stored",
+    "notes_before_split",
     "parse_nodes",
     "parse_reserve",
     "parse_rules",

@@ -19,6 +19,7 @@ from mmsplit.planning.planner import (
     PlanRequest,
     SplitBy,
     balance_of,
+    option_name,
     parse_weight,
     plan_by_layer,
     tie_remarks,
@@ -56,7 +57,7 @@ def plan_checkpoint(checkpoint: Checkpoint, request: PlanRequest) -> Plan:
 
 def _require_possible(request: PlanRequest) -> None:
     """Raise `PlanError` for what this way to cut has no use for."""
-    what = f"split_by {request.split_by!r}" if request.rule is None else "a rule"
+    what = f"--split-by {request.split_by}" if request.rule is None else "--rule"
     for name, value, values in (
         ("split_by", request.split_by, get_args(SplitBy)),
         ("by", request.by, get_args(By)),
@@ -65,11 +66,13 @@ def _require_possible(request: PlanRequest) -> None:
         if value not in values:
             raise PlanError(f"{name} cannot be {value!r}", hint=f"Possible are {', '.join(values)}.")
     if request.rule is not None and request.split_by != "layer":
-        raise PlanError("rule and split_by both say how to cut", hint="Leave one of them out.")
+        raise PlanError("--rule and --split-by (split_by) both say how to cut", hint="Leave one of them out.")
     if request.boundaries is not None:
-        raise PlanError(f"boundaries and {what} both say how to cut", hint="Leave one of them out.")
+        raise PlanError(f"--boundaries and {what} both say how to cut", hint="Leave one of them out.")
     if request.weights is not None and request.split_by != "expert":
-        raise PlanError(f"weights have no meaning with {what}, which itself says who gets what", hint="Leave them out.")
+        raise PlanError(
+            f"--weights have no meaning with {what}, which itself says who gets what", hint="Leave them out."
+        )
 
 
 def _cut(
@@ -91,18 +94,18 @@ def _cut(
             f"the rule makes {count}" if request.rule else f"there are {count} kinds: {', '.join(map(str, cut.labels))}"
         )
         raise PlanError(
-            f"number of partitions is not clear: num_parts says {request.num_parts}, {made}",
-            hint="Leave num_parts (--num-parts) out.",
+            f"number of partitions is not clear: {option_name('num_parts')} says {request.num_parts}, {made}",
+            hint="Leave --num-parts out.",
         )
     return cut, (Fraction(1),) * count, ()
 
 
 def _expert_shares(request: PlanRequest, most: int) -> tuple[Fraction, ...]:
     """Return the weight of each partition of experts."""
-    possible = f"Give num_parts (--num-parts): a trunk and 1 to {most} partitions of experts." if most else None
+    possible = f"Give --num-parts (num_parts): a trunk and 1 to {most} partitions of experts." if most else None
     weights = None if request.weights is None else tuple(parse_weight(weight) for weight in request.weights)
     if weights is None and request.num_parts is None:
-        raise PlanError("nobody said into how many partitions", hint=possible)
+        raise PlanError("into how many partitions is not said", hint=possible)
     count = len(weights or ()) + 1 if request.num_parts is None else request.num_parts
     if type(count) is not int or not 2 <= count <= MAX_PARTS:
         raise PlanError(f"{count!r} is no possible number of partitions: a trunk and experts are two", hint=possible)

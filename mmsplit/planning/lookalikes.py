@@ -14,10 +14,11 @@ from typing import Final, NamedTuple
 
 from mmsplit.checkpoint import TensorInfo
 from mmsplit.planning.plan import Plan, PlannedLayer
-from mmsplit.planning.ties import declares_tie
+from mmsplit.planning.ties import STORED_THOUGH_TIED, declares_tie
 
 #: Smaller ones are looked at only in embeddings and heads.
 _LEAST_BYTES: Final = 1 << 20
+_DECLARED_TIED: Final = ", and config.json says they are tied"
 _ENDS: Final = ("embedding", "head")
 
 
@@ -58,6 +59,13 @@ def possible_ties(plan: Plan, config: Mapping[str, object] | None) -> tuple[str,
     )
 
 
+def notes_before_split(plan: Plan, config: Mapping[str, object] | None) -> tuple[str, ...]:
+    """Return the notes of a plan with those of `possible_ties`, and a tie that config.json declares in one of them."""
+    possible = possible_ties(plan, config)
+    is_said = any(_DECLARED_TIED in note for note in possible)
+    return (*(note for note in plan.notes if not (is_said and note.startswith(STORED_THOUGH_TIED))), *possible)
+
+
 def is_head_and_embedding(group: Iterable[Lookalike]) -> bool:
     """Whether both are among these: it is them that tie_word_embeddings speaks of."""
     return {item.layer_type for item in group} >= set(_ENDS)
@@ -76,4 +84,4 @@ def _declared(group: Sequence[Lookalike], config: Mapping[str, object] | None) -
     declared = declares_tie(config)
     if declared is None or not is_head_and_embedding(group):
         return ""
-    return f", and config.json says they are {'' if declared else 'not '}tied"
+    return ", and config.json says they are not tied" if not declared else _DECLARED_TIED

@@ -17,6 +17,8 @@ from mmsplit.planning.model_config import hidden_size, stated_dtype, text_config
 from mmsplit.planning.training_state import TrainingMethod, is_trained, training_bytes
 
 DEFAULT_LORA_RANK: Final = 16
+#: What a KV cache may be kept in.
+KV_DTYPES: Final = tuple(name for name in DTYPES if name not in ("BOOL", "C64"))
 #: No machine holds more; sums of products of such numbers stay printable.
 _MOST: Final = 10**9
 
@@ -42,8 +44,9 @@ class MemoryRequest:
                 raise PlanError(
                     f"{field} is not possible", expected=f"an integer from 1 to {_MOST:,}", found=repr(value)
                 )
-        if self.kv_dtype is not None and self.kv_dtype not in DTYPES:
-            raise PlanError("kv_dtype is not known", expected=f"one of {', '.join(DTYPES)}", found=repr(self.kv_dtype))
+        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
+            expected = f"one of {', '.join(KV_DTYPES)}"
+            raise PlanError("kv_dtype is not possible", expected=expected, found=repr(self.kv_dtype))
         if self.training is not None and self.training not in get_args(TrainingMethod):
             expected = f"one of {', '.join(get_args(TrainingMethod))}"
             raise PlanError("training method is not known", expected=expected, found=repr(self.training))

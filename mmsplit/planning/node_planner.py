@@ -10,7 +10,7 @@ from mmsplit.planning.misfit import misfit_error
 from mmsplit.planning.node_problem import NodeProblem, NodeRequest
 from mmsplit.planning.placement import Placement
 from mmsplit.planning.plan import Balance, NodePlacement, Plan, PlannedNode
-from mmsplit.planning.planner import By, PlanRequest, plan_arranged
+from mmsplit.planning.planner import By, PlanRequest, option_name, plan_arranged
 from mmsplit.planning.units import TiedMode, arrange_checkpoint
 
 
@@ -54,7 +54,7 @@ def plan_for_nodes_or_parts(checkpoint: Checkpoint, request: PlanRequest, nodes:
     for name in ("num_parts", "weights", "boundaries", "rule", "split_by"):
         if getattr(request, name) not in (None, "layer"):
             raise PlanError(
-                f"nodes and {name} both say how to cut",
+                f"--nodes and {option_name(name)} both say how to cut",
                 hint="Leave one of them out: nodes get runs of layers; a node's share in the nodes file is its weight.",
             )
     return plan_for_nodes(checkpoint, nodes, by=request.by, tied=request.tied)

@@ -75,6 +75,9 @@ class PlannedPartition(NamedTuple):
     node: str | None = None
     label: str | None = None
 
+    def __repr__(self) -> str:
+        return f"<PlannedPartition {self.part_id}: {len(self.layers)} layers, {self.total_bytes:,} bytes>"
+
     @property
     def total_params(self) -> int:
         """Number of elements stored."""
@@ -178,6 +181,10 @@ class Plan(NamedTuple):
     notes: tuple[str, ...]
     placement: NodePlacement | None = None
     split_by: str = "layer"
+
+    def __repr__(self) -> str:
+        total = sum(part.total_bytes for part in self.partitions)
+        return f"<Plan by {self.split_by}: {self.num_parts} partitions, {total:,} bytes>"
 
     @property
     def num_parts(self) -> int:

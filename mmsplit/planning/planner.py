@@ -118,11 +118,11 @@ def _shares(request: PlanRequest, unit_count: int) -> tuple[Fraction, ...]:
     possible = f"This checkpoint can be cut into 1 to {min(unit_count, MAX_PARTS):,} partitions."
     if not counts:
         raise PlanError(
-            "nobody said into how many partitions",
-            hint=f"{possible} Give num_parts (--num-parts), weights or boundaries.",
+            "into how many partitions is not said",
+            hint=f"Give --num-parts (num_parts), --weights or --boundaries. {possible}",
         )
     if len(set(counts.values())) > 1:
-        said = ", ".join(f"{what} says {count}" for what, count in counts.items())
+        said = ", ".join(f"{option_name(what)} says {count}" for what, count in counts.items())
         raise PlanError(f"number of partitions is not clear: {said}", hint=possible)
     num_parts = next(iter(counts.values()))
     if type(num_parts) is not int or not 1 <= num_parts <= min(unit_count, MAX_PARTS):
@@ -134,6 +134,12 @@ def _shares(request: PlanRequest, unit_count: int) -> tuple[Fraction, ...]:
     if request.by not in get_args(By):
         raise PlanError(f"cannot balance by {request.by!r}", hint=f"Possible are {', '.join(get_args(By))}.")
     return tuple(parse_weight(weight) for weight in request.weights or [1] * num_parts)
+
+
+def option_name(argument: str) -> str:
+    """Return what an argument of the Python API is called on the command line, and itself if that differs."""
+    option = f"--{argument.replace('_', '-')}"
+    return option if argument.isalpha() else f"{option} ({argument})"
 
 
 def parse_weight(value: float | str | Fraction) -> Fraction:

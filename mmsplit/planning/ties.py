@@ -11,6 +11,8 @@ from typing import Final, NamedTuple
 
 from mmsplit.layers import Layer, LayerMap
 
+#: How the note begins on a head that is stored although config.json says that it is tied.
+STORED_THOUGH_TIED: Final = "config.json says the head is tied, but"
 #: Spellings of the token embedding, by the end of the name; the decoder's own comes first, since it feeds the head.
 _TOKEN_EMBEDDINGS: Final = (
     "decoder.embed_tokens.weight",
@@ -85,7 +87,7 @@ def find_ties(
                 " to be tied to it",
             )
     elif declared is True and called.head_weight in names and called.head_weight not in views:
-        notes = (f"config.json says the head is tied, but {called.head_weight} is stored, too",)
+        notes = (f"{STORED_THOUGH_TIED} {called.head_weight} is stored, too",)
     return tuple(ties), notes
 
 

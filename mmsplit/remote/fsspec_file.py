@@ -175,5 +175,7 @@ def _open_file_system(url: str, location: str) -> tuple[Any, str]:
 
 def _missing_package(location: str, said: str) -> MissingExtraError:
     return MissingExtraError(
-        said, path=location, hint="Install the fsspec package for it (s3fs, gcsfs, adlfs …) beside mmsplit."
+        f"a package that fsspec needs for this address is missing ({said})",
+        path=location,
+        hint="Install it beside mmsplit: s3fs for s3://, gcsfs for gs://, adlfs for az:// …",
     )

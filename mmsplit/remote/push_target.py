@@ -49,7 +49,7 @@ class PushTarget:
         self._asked = ask_hub(self.endpoint, self.repo_id, self.branch)
         token = find_token(hub.token, self._asked)
         if token is None:
-            raise AccessDeniedError("publishing needs a token", path=self.repo_id, hint=_MAY_WRITE)
+            raise AccessDeniedError("no token is to be found", path=self.repo_id, hint=_MAY_WRITE)
         self._token = token
         self._show_progress = show_progress
         self._api = HfApi(endpoint=self.endpoint, token=token, library_name="mmsplit")

@@ -43,6 +43,14 @@ _OURS: Final = re.compile(
 )
 _PARTITION: Final = re.compile(r"^partition_(\d+)\.", re.ASCII)
 
+#: What a person calls the fields by which two runs differ.
+_WORDS: Final = {
+    "model_id": "model id",
+    "num_parts": "number of partitions",
+    "part_ids": "choice of partitions",
+    "plan_digest": "plan",
+}
+
 #: What to do about output that is there already: refuse, continue an unfinished run, or replace what mmsplit wrote.
 Existing = Literal["refuse", "resume", "force"]
 Found = Literal["nothing", "partitions", "unfinished", "finished"]
@@ -243,7 +251,8 @@ class OutputDirectory:
         if existing == "resume" and not different:
             return
         if different:
-            reason = f"output holds {what} of another {', '.join(different).replace('_', ' ')}"
+            words = (_WORDS.get(key, key.replace("_", " ")) for key in different)
+            reason = f"output holds {what} of another {', '.join(words)}"
             hint = "Choose another directory, or use --force to replace it."
             if different == ["revision"] and there.get("revision") and existing == "resume":
                 hint = f"To go on with that one: --revision {there['revision']}. {hint}"

@@ -33,7 +33,9 @@ def resolve_set_path(path: Path) -> SetPath:
     if path.is_dir():
         return SetPath(path, None)
     if not path.exists():
-        raise FormatError("no such file or directory", path=path, hint="Give the directory of a partition set.")
+        raise FormatError(
+            "no such file or directory", path=path, hint="Give a directory of partitions, or one partition_K.json."
+        )
     if path.name == SET_MANIFEST_NAME:
         return SetPath(path.parent, None)
     if path.suffix in (".json", ".bin"):

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 SIGNATURE_NAME: Final = SET_MANIFEST_NAME + ".sig"
 _PREDICATE: Final = "https://model_signing/signature/v1.0"
+_KEYS_HINT: Final = (
+    "Give a PEM file with a key of curve P-256, P-384 or P-521: the private one to sign, the public one to verify."
+)
 #: A list of a million files has some 200 MB.
 _MAX_SIGNATURE_BYTES: Final = 1 << 28
 
@@ -48,7 +51,7 @@ def make_signature(root: Path, private_key: Path, password: str | None, ignored:
             private_key=private_key, password=None if password is None else password.encode()
         )
     except Exception as error:  # the library lets through whatever its parts raise
-        _refuse_key(private_key, error)
+        _refuse_key(private_key, error, has_password=password is not None)
     if ignored is None:
         signer.set_hashing_config(_only_the_set_manifest(library))
     else:
@@ -58,7 +61,7 @@ def make_signature(root: Path, private_key: Path, password: str | None, ignored:
         try:
             signer.sign(root, path)
         except Exception as error:
-            raise FormatError(f"cannot be signed: {error}", path=root) from error
+            raise FormatError(f"cannot be signed: {_said(error)}", path=root) from error
         return read_regular(path)
 
 
@@ -73,7 +76,7 @@ def signed_root_digest(root: Path, signature: Path, public_key: Path) -> str:
     try:
         verifier.use_elliptic_key_verifier(public_key=public_key)
     except Exception as error:
-        _refuse_key(public_key, error)
+        _refuse_key(public_key, error, has_password=None)
     data = _read(signature, _MAX_SIGNATURE_BYTES)
     verifier.set_ignore_unsigned_files(True)
     with tempfile.TemporaryDirectory(prefix="mmsplit-") as folder:
@@ -83,7 +86,7 @@ def signed_root_digest(root: Path, signature: Path, public_key: Path) -> str:
             verifier.verify(root, copy)
         except Exception as error:
             raise IntegrityError(
-                f"signature is not right: {str(error) or type(error).__name__}",
+                f"signature is not right: {_said(error)}",
                 path=signature,
                 hint="Check the key. A signature of every file needs every file of the set to be here.",
             ) from error
@@ -129,13 +132,25 @@ def _read(path: Path, limit_bytes: int) -> bytes:
         raise FormatError(f"cannot be read: {error.strerror}", path=path) from error
 
 
-def _refuse_key(path: Path, error: Exception) -> NoReturn:
-    raise RequestError(
-        f"key cannot be used: {str(error) or type(error).__name__}",
-        path=path,
-        hint="Give a PEM file with a key of curve P-256, P-384 or P-521: the private one to sign, the public one to"
-        " verify.",
-    ) from error
+def _refuse_key(path: Path, error: Exception, *, has_password: bool | None) -> NoReturn:
+    """Say why a key is refused; `has_password` is None for a public one, which has none."""
+    said, hint = _said(error), _KEYS_HINT
+    if isinstance(error, OSError):
+        said = error.strerror or said
+    elif isinstance(error, AttributeError):  # a sound key, but the library asks it for its curve
+        said = "it is no key of an elliptic curve"
+    elif has_password is False and isinstance(error, TypeError):
+        said, hint = "it is encrypted", "Give its password: --password-file FILE (in Python password=)."
+    elif has_password and isinstance(error, TypeError):
+        said, hint = "it is not encrypted, and a password is given", "Leave the password out."
+    elif has_password and isinstance(error, ValueError) and "password" in said.lower():
+        said, hint = "its password is not right", "Check the file of --password-file: its first line is the password."
+    raise RequestError(f"key cannot be used: {said}", path=path, hint=hint) from error
+
+
+def _said(error: Exception) -> str:
+    """Return what the library says, without the end of its sentence: ours goes on."""
+    return str(error).rstrip(" .?!") or type(error).__name__
 
 
 def _library() -> ModuleType:

@@ -184,5 +184,6 @@ def _require_small(size_bytes: int, max_bytes: int | None, on_estimate: Callable
             "as JSON this would be too large",
             expected=f"at most {max_bytes:,} bytes",
             found=f"about {size_bytes:,}",
-            hint="JSON is for small models. Use --yes (max_bytes=None) to write it all the same, or --to safetensors.",
+            hint="JSON is for small models. Use --yes (in Python: max_bytes=None) to write it all the same, or --to"
+            " safetensors.",
         )

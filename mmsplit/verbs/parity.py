@@ -99,7 +99,11 @@ def _part_ids(root: Path, one: Path | None, only: Sequence[int] | None) -> tuple
     match = None if one is None else _MANIFEST.match(one.name)
     there = part_ids_in(root, [".json"]) if one is None else (int(match[1]),) if match else ()
     if not there:
-        raise FormatError("no partition here", path=root if one is None else one)
+        raise FormatError(
+            "no partition here",
+            path=root if one is None else one,
+            hint="Give the directory of a partition set, or one partition_K.json.",
+        )
     missing = sorted(set(only or ()) - set(there))
     if missing:
         raise RequestError(

@@ -18,10 +18,10 @@ from mmsplit.planning import (
     RuleList,
     SplitBy,
     TiedMode,
+    notes_before_split,
     parse_nodes,
     parse_rules,
     plan_for_nodes_or_parts,
-    possible_ties,
 )
 from mmsplit.remote.source import HubOptions, open_source
 
@@ -62,7 +62,7 @@ def plan(
         rule=rule,
     )
     planned = plan_for_nodes_or_parts(source, request, nodes)
-    return planned._replace(notes=(*planned.notes, *possible_ties(planned, source.config)))
+    return planned._replace(notes=notes_before_split(planned, source.config))
 
 
 def read_nodes(path: str | Path, reserve: float | str | None = None) -> NodeList:

@@ -50,6 +50,9 @@ from mmsplit.workers import JobStream, ProgressCallback, ProgressCounter, Worker
 Level = Literal["quick", "stored", "full"]
 
 _EXTRA_THREADS: Final = 1
+_ANOTHER_MODEL: Final = "this is another model: the set's tensors are not in it, or in another form"
+#: A source that has fewer than one in so many tensors in their dtype and shape is another model: small ones may agree.
+_MOST_LIKE_A_STRANGER: Final = 10
 
 
 class VerifyResult(NamedTuple):
@@ -142,8 +145,7 @@ def verify(
     )
     counter = ProgressCounter("verify", _bytes_to_check(entries, level, source, part), progress)
     checked = 0
-    if manifest is not None and source is not None:
-        _compare_headers(manifest, source, faults.add)
+    strangers: list[Fault] = []
     # One after the other: a set may have more partitions than may be open.
     for number, (entry_path, entry) in enumerate(entries):
         partition = _open(entry_path, entry, io, faults.add, is_bound=root_digest is not None)
@@ -160,8 +162,18 @@ def verify(
                     if part is None:  # header, index and copy were read at opening
                         counter.add(partition.reader.size_bytes - slots)
                 _verify_parity(partition, entry, level, wanted, part, faults.add)
-                if source is not None:
+                stranger = None if source is None else _find_stranger(partition, source)
+                if stranger is not None:
+                    strangers.append(stranger)
+                elif source is not None:
                     _verify_against(partition, source, workers, io, faults.add, counter)
+    if source is not None and len(entries) == len(strangers) > 1:
+        faults.add(strangers[0]._replace(what=_ANOTHER_MODEL, partition=None))
+    else:
+        for fault in strangers:
+            faults.add(fault)
+        if manifest is not None and source is not None:
+            _compare_headers(manifest, source, faults.add)
     if manifest is not None and only is None:
         _verify_small_files(root, manifest.files, level, faults.add)
     problems = faults.in_order()
@@ -347,6 +359,22 @@ class _SourceChunk(NamedTuple):
     raw_xxh3: int
 
 
+def _find_stranger(partition: OpenPartition, source: Checkpoint) -> Fault | None:
+    """Return the one fault to be told of a source that is not the one that was split at all, instead of all others."""
+    found = 0
+    for tensor in partition.tensors:
+        for place in tensor.places():
+            there = _in_source(place, tensor.rows, source)
+            found += there is not None and (there.dtype, there.shape) == (tensor.dtype, tensor.shape)
+    if not partition.tensors or found * _MOST_LIKE_A_STRANGER >= len(partition.tensors):
+        return None
+    part_id = partition.manifest.part_id
+    what = (
+        f"this is another model than partition {part_id} was made from: its tensors are not in it, or in another form"
+    )
+    return Fault(source.location, what, partition=part_id)
+
+
 def _verify_against(
     partition: OpenPartition,
     source: Checkpoint,
@@ -356,10 +384,6 @@ def _verify_against(
     counter: ProgressCounter,
 ) -> None:
     part_id = partition.manifest.part_id
-    if partition.tensors and not any(tensor.name in source.tensors for tensor in partition.tensors):
-        what = f"not the checkpoint that partition {part_id} was made from: it has none of its tensors"
-        report(Fault(source.location, what, partition=part_id))
-        return
     with source.open_readers(io) as readers, WorkerGroup(readers.cancel) as group:
 
         def make_worker() -> Callable[[_SourceChunk], None]:

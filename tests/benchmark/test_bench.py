@@ -15,6 +15,7 @@ from mmsplit.benchmark import bench as bench_module
 from mmsplit.benchmark import rates
 from mmsplit.benchmark.sample import choose_tensors, write_sample
 from mmsplit.cli import run
+from mmsplit.cli.bench_command import _advice
 
 
 @pytest.fixture
@@ -60,6 +61,16 @@ def test_bench_command_prints_json_and_tables(
     assert "a model of 70 GB" in output.out
     assert "limited by the" in output.out
     assert "splitting with 1 thread" in output.err
+
+
+def test_the_advice_fits_the_figures(checkpoint: Path, tmp_path: Path) -> None:
+    """Where more threads are a little faster than the advised number, the advice says so."""
+    result = mmsplit.bench(checkpoint, tmp_path / "out", sample_bytes=6_000_000, threads=1)
+    assert _advice(result._replace(split_by_threads={1: 100.0, 2: 104.0})) == (
+        "use --threads 1: 2 threads are 4 % faster, which is within the noise of such a measurement"
+    )
+    assert _advice(result._replace(split_by_threads={1: 100.0, 2: 110.0})) == "use --threads 2"
+    assert _advice(result._replace(split_by_threads={1: 100.0, 2: 90.0})) == "use --threads 1"
 
 
 def test_bench_asks_before_it_writes_much(

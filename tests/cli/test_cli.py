@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import mmsplit
 from mmsplit.cli import run
 from mmsplit.cli.app import GOES_ON, app
 
@@ -304,3 +306,25 @@ def test_verify_of_partitions_made_one_at_a_time(
     assert run(["verify", node, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["single_partitions"] == {"part_ids": [1], "num_parts": 2}
     assert run(["verify", node, "--root", "sha256:" + "0" * 64]) != 0
+
+
+def test_the_same_option_is_the_same_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    """What several commands take has one range, and defaults stand in plain brackets."""
+    ranges = set()
+    for command in COMMANDS:
+        assert run([command, "--help"]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "[default: (" not in text, command
+        ranges |= set(re.findall(r"--connections INTEGER RANGE .*?(1 ?<= ?x ?<= ?\d+)", text))
+        assert "--token" not in text or "better put into HF_TOKEN" in text, command
+    assert len(ranges) == 1
+
+
+def test_reprs_are_short(checkpoint: Path, tmp_path: Path) -> None:
+    """Of what a session at the prompt shows."""
+    planned = mmsplit.plan(checkpoint, 2)
+    mmsplit.split(checkpoint, tmp_path / "set", 2)
+    with mmsplit.open_partition(tmp_path / "set" / "partition_0.json") as part:
+        for shown in (planned, planned.partitions[0], part.layers[0]):
+            assert len(repr(shown)) < 120
+            assert repr(shown).startswith(f"<{type(shown).__name__} ")

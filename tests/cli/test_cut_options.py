@@ -70,14 +70,14 @@ def test_split_by_rule(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--split-by", "expert"], "nobody said into how many partitions"),
+        (["--split-by", "expert"], "into how many partitions is not said"),
         (["--split-by", "type", "-n", "9"], "embedding, attention, experts"),
-        (["--split-by", "type", "--rule", "rules.toml"], "rule and split_by both say how to cut"),
+        (["--split-by", "type", "--rule", "rules.toml"], "--rule and --split-by (split_by) both say how to cut"),
         (["--rule", "none.toml"], "rules file cannot be read"),
         (["--rule", "latin.toml"], "rules file is not UTF-8"),
         (["--rule", "bad.toml"], "rule 1 has an unknown field"),
-        (["--split-by", "type", "--nodes", "nodes.toml"], "nodes and split_by both say how to cut"),
-        (["--rule", "rules.toml", "--nodes", "nodes.toml"], "nodes and rule both say how to cut"),
+        (["--split-by", "type", "--nodes", "nodes.toml"], "--nodes and --split-by (split_by) both say how to cut"),
+        (["--rule", "rules.toml", "--nodes", "nodes.toml"], "--nodes and --rule both say how to cut"),
         (["--split-by", "half"], "'half' is not one of"),
     ],
 )

@@ -86,6 +86,10 @@ def test_json_carries_the_request(checkpoint: Path, nodes: Path, capsys: pytest.
     ]
     assert plan(checkpoint, nodes, "--context", "64", "--kv-dtype", "f8_e4m3", "--json") == 0
     assert json.loads(capsys.readouterr().out)["placement"]["kv_dtype"] == "F8_E4M3"
+    assert plan(checkpoint, nodes, "--kv-dtype", "bool") == 2
+    err = capsys.readouterr().err
+    assert "F8_E4M3" in err
+    assert "C64" not in err
 
 
 def test_split_says_which_node_gets_which_partition(
@@ -123,9 +127,9 @@ def test_what_is_balanced_is_shown(
         (["--reserve", "0.1"], "--reserve needs --nodes"),
         (["--lora-rank", "5"], "--lora-rank needs --nodes"),
         (["--nodes", "NODES", "--lora-rank", "5"], "--lora-rank needs --training lora"),
-        (["--nodes", "NODES", "-n", "2"], "nodes and num_parts both say how to cut"),
-        (["--nodes", "NODES", "--weights", "1,2"], "nodes and weights both say how to cut"),
-        (["--nodes", "NODES", "--boundaries", "lm_head"], "nodes and boundaries both say how to cut"),
+        (["--nodes", "NODES", "-n", "2"], "--nodes and --num-parts (num_parts) both say how to cut"),
+        (["--nodes", "NODES", "--weights", "1,2"], "--nodes and --weights both say how to cut"),
+        (["--nodes", "NODES", "--boundaries", "lm_head"], "--nodes and --boundaries both say how to cut"),
         (
             ["--nodes", "NODES", "--reserve", "5G"],
             "error: the reserve asked for is none for node 'desktop' (expected a fraction",

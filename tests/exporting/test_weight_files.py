@@ -65,7 +65,7 @@ def test_other_names_are_said_where_the_tensor_is() -> None:
 @pytest.mark.parametrize(
     ("made", "limit", "match"),
     [
-        (tensor("q")._replace(dtype="Q4_K"), 10, "none that safetensors has"),
+        (tensor("q")._replace(dtype="Q4_K"), 10, "safetensors has no such dtype"),
         (tensor("__metadata__"), 10, "keeps this name"),
         (tensor("a"), 0, "no such size"),
         (tensor("a"), True, "no such size"),

@@ -89,10 +89,10 @@ IMPOSSIBLE = {
     "true": ({"num_parts": True}, "True is no possible number"),
     "very many": ({"num_parts": 10**9}, "no possible number"),
     "no weights": ({"weights": []}, "0 is no possible number"),
-    "counts disagree": ({"num_parts": 2, "weights": [1, 1, 1]}, "num_parts says 2, weights says 3"),
+    "counts disagree": ({"num_parts": 2, "weights": [1, 1, 1]}, r"--num-parts \(num_parts\) says 2, --weights says 3"),
     "three counts disagree": (
         {"num_parts": 2, "weights": [1, 1], "boundaries": ["model.layers.1", "model.layers.2"]},
-        "num_parts says 2, weights says 2, boundaries says 3",
+        r"--num-parts \(num_parts\) says 2, --weights says 2, --boundaries says 3",
     ),
     "unknown by": ({"num_parts": 2, "by": "flops"}, "cannot balance by 'flops'.*bytes, params, layers"),
     "unknown tied": ({"num_parts": 2, "tied": "copy"}, "'copy'.*duplicate, reference, colocate"),

@@ -221,7 +221,7 @@ def test_a_set_that_is_not_whole_is_not_published(upload_hub: UploadHub, made: P
 @pytest.mark.parametrize(
     ("target", "token", "error", "said"),
     [
-        ("org/parts", None, AccessDeniedError, "publishing needs a token"),
+        ("org/parts", None, AccessDeniedError, "no token is to be found"),
         ("org/parts", OUTSIDER_TOKEN, AccessDeniedError, "write permission"),
         ("org/public", OUTSIDER_TOKEN, AccessDeniedError, "write permission"),
         ("stranger/parts", MEMBER_TOKEN, AccessDeniedError, "write permission"),

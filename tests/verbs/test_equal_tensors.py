@@ -354,6 +354,7 @@ def test_plan_says_what_only_a_split_can_know(tmp_path: Path) -> None:
         f"{EMBEDDING} and {HEAD} have the same dtype and shape, and config.json says they are tied: a split compares"
         " their bytes, and stores equal ones once, with ties as --tied duplicate has them"
     )
+    assert sum("tied" in note for note in planned.notes) == 1
     made = mmsplit.split(source, tmp_path / "set", 2).plan
     assert cuts(made) == cuts(planned)
     assert [part.total_bytes for part in made.partitions] == [part.total_bytes for part in planned.partitions]

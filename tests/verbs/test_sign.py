@@ -129,6 +129,27 @@ def test_a_sealed_key(made: Path, keys: Path, tmp_path: Path, capsys: pytest.Cap
     assert root_of(made) in capsys.readouterr().out
 
 
+def test_why_a_key_is_refused(made: Path, keys: Path, tmp_path: Path) -> None:
+    """In words of ours: no name of a class, no errno, and what to do."""
+
+    def refusal(name: str, password: str | None = None) -> str:
+        with pytest.raises(RequestError) as caught:
+            sign(made, keys / name, password=password)
+        return str(caught.value).partition("key cannot be used: ")[2]
+
+    assert refusal("rsa.pem").startswith("it is no key of an elliptic curve. Give a PEM file with a key of curve P-256")
+    assert refusal("nobody.pem").startswith("No such file or directory. Give")
+    assert refusal("sealed.pem").startswith("it is encrypted. Give its password: --password-file FILE")
+    assert refusal("sealed.pem", "wrong").startswith("its password is not right. Check")
+    assert refusal("alice.pem", "needless").startswith("it is not encrypted, and a password is given. Leave")
+    assert "?." not in refusal("alice.pub") + refusal("mallory.pub")
+    signature = sign(made, keys / "alice.pem").path
+    with pytest.raises(IntegrityError, match=r"match the provided public key\. Check the key\."):
+        verify(made, signature=signature, public_key=keys / "mallory.pub")
+    with pytest.raises(RequestError, match=r"No such file or directory\. Give"):
+        verify(made, signature=signature, public_key=keys / "nobody.pub")
+
+
 def test_what_is_refused(made: Path, keys: Path, tmp_path: Path) -> None:
     """Other keys, other sets, other files, other roots: errors, and none is taken for a smaller fault."""
     signature = sign(made, keys / "alice.pem").path

@@ -12,6 +12,7 @@ import pytest
 from checkpoints import CAUSAL_CONFIG, MIB, Weight, flip, llama_weights, sample, write_checkpoint
 
 from mmsplit.checkpoint import open_checkpoint
+from mmsplit.cli import run
 from mmsplit.digests import chunk_digest
 from mmsplit.errors import CheckpointError, FormatError, MissingShardError, RequestError
 from mmsplit.sidecar.chunk_index import CHUNK_RECORD
@@ -480,3 +481,33 @@ def test_payloads_out_of_place_are_said_of_the_payloads_alone(damaged: Path) -> 
     ]
     result = verify(damaged / "partition_0.json")
     assert _problems(result) == ["partition_0.bin: payload is that of partition 1: out of place"]
+
+
+def test_against_another_model_is_one_problem(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Though it has tensors of the same names; repair, which could not help, is not recommended."""
+    weights = [Weight(weight.name, weight.dtype, (*weight.shape, 2)) for weight in llama_weights(1)]
+    other = write_checkpoint(tmp_path / "other", [weights], files={"config.json": CAUSAL_CONFIG})
+    (fault,) = verify(made, against=other).problems
+    assert fault.what.startswith("this is another model: ")
+    assert Path(fault.file).exists()
+    (fault,) = verify(made / "partition_1.json", against=other).problems
+    assert fault.what.startswith("this is another model than partition 1 was made from")
+    assert run(["verify", str(made), "--against", str(other)]) == 5
+    err = capsys.readouterr().err
+    assert f"1 problem(s) found, all in {other}; nothing is wrong with {made}" in err
+    assert "repair" not in err
+
+
+def test_what_to_do_names_what_was_given(damaged: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A command to copy, and the line on single partitions only where some are missing."""
+    flip(damaged / "partition_1.bin", 4096)
+    assert run(["verify", str(damaged), "--against", str(source)]) == 5
+    assert capsys.readouterr().err == (
+        f"mmsplit: 1 problem(s) found. Make what is damaged again with: mmsplit repair {damaged} --from {source}\n"
+    )
+    for name in ("partition_0.json", "partition_0.bin"):
+        (damaged / name).unlink()
+    assert run(["verify", str(damaged)]) == 5
+    err = capsys.readouterr().err
+    assert f"repair {damaged} --from SOURCE\n" in err
+    assert f"verifies each by its name: mmsplit verify {damaged / 'partition_K.json'}\n" in err
