@@ -34,7 +34,9 @@ def resolve_set_path(path: Path) -> SetPath:
         return SetPath(path, None)
     if not path.exists():
         raise FormatError(
-            "no such file or directory", path=path, hint="Give a directory of partitions, or one partition_K.json."
+            "no such file or directory",
+            path=path,
+            hint="Check the path: a partition is a partition_K.json or .bin, a set the directory with them.",
         )
     if path.name == SET_MANIFEST_NAME:
         return SetPath(path.parent, None)

@@ -425,6 +425,19 @@ def test_changed_error_is_the_callers(path: Path) -> None:
             reader.require_unchanged()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems round times")
+def test_what_changed_is_said_for_people(path: Path) -> None:
+    """Size and time; also a time that no calendar has."""
+    os.utime(path, ns=(0, 1_000_000_005))
+    with FileReader(path, io="pread") as reader:
+        os.utime(path, ns=(0, 0))
+        with pytest.raises(SourceChangedError, match=r"last written 1970-01-01 00:00:01\.000000005 UTC, .*00:00:00\.0"):
+            reader.require_unchanged()
+        reader.fingerprint = reader.fingerprint._replace(mtime_ns=10**21)
+        with pytest.raises(SourceChangedError, match=r"last written 1000000000000 s after 1970"):
+            reader.require_unchanged()
+
+
 def _grow(path: Path) -> None:
     with path.open("ab") as file:
         file.write(b"x")
