@@ -96,8 +96,8 @@ def _no_set(root: Path) -> FormatError:
             hint = f"Bring it back: mmsplit repair {root} --from COPY, or the same mmsplit split again with --resume."
         else:  # a node may have fetched just its own
             hint = (
-                "Partitions that were made one at a time are no set before all are here; until then name one of them"
-                f" to load or export it: {root / names[0]}."
+                "Partitions that were made one at a time are no set before all are here; to verify, load or export"
+                f" one, name one of them: {root / names[0]}."
             )
     return FormatError(what, path=root, hint=hint)
 

@@ -203,7 +203,7 @@ def test_only_needs_the_payloads_that_hold_its_bytes(model: Path, two: Path, tmp
     assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
     with pytest.raises(MissingPartitionError, match=r"partition_2\.bin"):
         repartition(tmp_path / "some", tmp_path / "again2", 2)
-    assert not list((tmp_path / "again2").iterdir())
+    assert not (tmp_path / "again2").exists()
 
 
 def test_tied_weight_comes_from_whichever_copy_is_there(model: Path, two: Path, tmp_path: Path) -> None:
