@@ -90,7 +90,9 @@ def test_signals_and_failing_reads(made: Stage) -> None:
     if made.scenario.name.startswith("download"):
         pytest.skip("reads its input from a server")
     _require_none_lost(conditions.signals(made, 1))
-    _require_none_lost(conditions.read_errors(made, range(0, 12, 2)), at_least=1)
+    # To write manifests anew, the copies in the payloads are read otherwise.
+    at_least = 0 if made.scenario.name == "repair --rebuild-manifest" else 1
+    _require_none_lost(conditions.read_errors(made, range(0, 12, 2)), at_least=at_least)
 
 
 def test_damage_to_work_in_progress(tmp_path: Path) -> None:
