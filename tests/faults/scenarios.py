@@ -30,7 +30,6 @@ from mmsplit.remote.source import HubOptions
 from mmsplit.sidecar import shard_writer
 from mmsplit.sidecar.output_directory import STATE_NAME
 from mmsplit.sidecar.payload_file import PayloadFile
-from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME
 from mmsplit.verbs.download import download
 from mmsplit.verbs.export import export
 from mmsplit.verbs.merge import merge
@@ -164,17 +163,16 @@ def _given_damage_for(work: Work, *, published: bool, parity_percent: float | No
 
 
 def _given_lost_manifests(work: Work) -> None:
-    """The output holds a set whose JSON is all gone, but that of the other partition."""
+    """The output holds a set that has lost the JSON of its partitions."""
     _given_output(work)
-    for name in ("partition_0.json", SET_MANIFEST_NAME):
-        (work.out / name).unlink()
+    for part_id in range(2):
+        (work.out / f"partition_{part_id}.json").unlink()
 
 
 def _given_lost_payload(work: Work) -> None:
-    """The output holds a set of which a payload is gone, manifest and all."""
+    """The output holds a set of which a payload is gone."""
     _given_output(work)
-    for name in ("partition_0.json", "partition_0.bin"):
-        (work.out / name).unlink()
+    (work.out / "partition_0.bin").unlink()
 
 
 def _repair(*, from_source: bool = True, rebuild_manifest: bool = False) -> Act:
@@ -364,8 +362,8 @@ SCENARIOS = (
         "repair of a lost payload", _given_lost_payload, _repair(), _repair(), None, _judge_set, writes_direct=False
     ),
     Scenario(
-        "repair --rebuild-manifest", _given_lost_manifests, _repair(rebuild_manifest=True),
-        _repair(rebuild_manifest=True), None, _judge_set, writes_direct=False,
+        "repair --rebuild-manifest", _given_lost_manifests, _repair(from_source=False, rebuild_manifest=True),
+        _repair(from_source=False, rebuild_manifest=True), None, _judge_set, writes_direct=False,
     ),
     Scenario(
         "export", _given_set, _export("safetensors", "refuse"), _export("safetensors", "resume"),

@@ -89,8 +89,10 @@ def test_signals_and_failing_reads(made: Stage) -> None:
     """Calls that are interrupted all the time, and disks that cannot read."""
     if made.scenario.name.startswith("download"):
         pytest.skip("reads its input from a server")
-    _require_none_lost(conditions.signals(made, 1))
-    _require_none_lost(conditions.read_errors(made, range(0, 12, 2)), at_least=1)
+    # To write manifests anew takes no time, and the copies of them in the payloads are read otherwise.
+    at_least = 0 if made.scenario.name == "repair --rebuild-manifest" else 1
+    _require_none_lost(conditions.signals(made, 1), at_least=at_least)
+    _require_none_lost(conditions.read_errors(made, range(0, 12, 2)), at_least=at_least)
 
 
 def test_damage_to_work_in_progress(tmp_path: Path) -> None:
