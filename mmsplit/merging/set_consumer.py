@@ -119,7 +119,11 @@ class SetConsumer:
         """Read back from the disk the shards that have bytes of these partitions; raise `IntegrityError` if one is not
         what was split.
         """
-        wanted = set().union(*(self._needs[part_id] for part_id in part_ids)) - self._proven
+        wanted = set().union(*(self._needs[part_id] for part_id in part_ids))
+        # A shard without a tensor is in no partition; the set manifest, which goes too, has its bytes.
+        bare = {shard.name for shard in self._manifest.shards}.difference(*self._needs.values())
+        wanted |= {name for name in bare if (self._out / name).exists()}
+        wanted -= self._proven
         going = [shard for shard in self._manifest.shards if shard.name in wanted]
         settle(self._out / shard.name for shard in going)
 

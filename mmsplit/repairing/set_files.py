@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmsplit.digests import sha256_of
-from mmsplit.errors import CheckpointError, FormatError, IntegrityError, NetworkError
+from mmsplit.errors import CheckpointError, FormatError, IntegrityError, NetworkError, OutputExistsError
 from mmsplit.regular_files import read_regular
 from mmsplit.repairing.ledger import THE_SET, Ledger, Mended
 from mmsplit.repairing.sources import RepairSource, SetCopy
 from mmsplit.sidecar.manifest import parse_manifest
 from mmsplit.sidecar.output_directory import STATE_NAME
-from mmsplit.sidecar.output_files import output_errors, write_whole_file
+from mmsplit.sidecar.output_files import output_errors, require_no_links, write_whole_file
 from mmsplit.sidecar.partition_reader import Fault, read_manifest_copy
 from mmsplit.sidecar.receiving_directory import read_published_set
 from mmsplit.sidecar.set_manifest import SET_MANIFEST_NAME, SetManifest, is_as_written, require_root
@@ -120,6 +120,11 @@ def repair_small_files(
             continue
         if os.path.lexists(path) and not path.is_file():
             ledger.leave(Fault(str(path), "not a regular file, but in the place of one: move it away"))
+            continue
+        try:
+            require_no_links(root, entry.name)
+        except OutputExistsError as error:
+            ledger.leave(Fault(str(path), error.what))
             continue
         reasons = []
         for source in sources:

@@ -254,6 +254,8 @@ class OutputDirectory:
             words = (_WORDS.get(key, key.replace("_", " ")) for key in different)
             reason = f"output holds {what} of another {', '.join(words)}"
             hint = "Choose another directory, or use --force to replace it."
+            if there.get(DELETED_KEY):
+                hint = "Shards of its source are deleted, and it has the only copy: choose another directory."
             if different == ["revision"] and there.get("revision") and existing == "resume":
                 hint = f"To go on with that one: --revision {there['revision']}. {hint}"
             if different == ["model_id"] and there.get("model_id"):
@@ -264,6 +266,8 @@ class OutputDirectory:
         else:
             reason = f"output holds {what} of the same source and plan"
             hint = "Use --resume to go on from there, or --force to start again."
+            if there.get(DELETED_KEY):
+                hint = "Use --consume --resume to go on from there: shards of its source are deleted."
         expected, found = (values.get("model_id") if "model_id" in different else None for values in (identity, there))
         raise OutputExistsError(reason, path=self.path, expected=expected, found=found, hint=hint)
 

@@ -25,6 +25,7 @@ from mmsplit.sidecar.chunk_copier import ChunkCopier, StoredChunks
 from mmsplit.sidecar.manifest import manifest_name
 from mmsplit.sidecar.manifest_builder import Origin
 from mmsplit.sidecar.output_directory import DELETED_KEY, KEPT_SOURCE_KEY, Existing, OutputDirectory, free_bytes
+from mmsplit.sidecar.output_files import write_whole_file
 from mmsplit.sidecar.partition_reader import OpenPartition, open_partition_files
 from mmsplit.sidecar.repeated_chunks import RepeatedChunks
 from mmsplit.sidecar.set_manifest import (
@@ -110,6 +111,13 @@ class SplitRun:
                 self._consumer.foretell(part_ids, [], self._parity.missing_bytes(part_ids), free_bytes(self._out.path))
                 self._parity.make(part_ids)
                 self._consumer.consume_finished(manifest, self._options.io, self._options.threads)
+                # Until the last is deleted, a state says that the set is the only copy.
+                self._files = {entry.name: [entry.sha256] for entry in manifest.files}
+                self._shard_sha256 = {s.name: s.sha256 for s in manifest.shards if s.sha256 is not None}
+                self._consumer.deletable |= self._consumer.gone
+                self._write_state()
+                self._consumer.delete_proven()
+                self._out.finish_partitions()
             return self._result(manifest, already_finished=True)
         runs = [
             PartitionRun(partition, self._origin, self._out.path, self._options.direct)
@@ -147,9 +155,11 @@ class SplitRun:
             self._out.finish_partitions()
             return self._result(None)
         manifest = self._set_manifest(files)
-        self._out.finish(format_set_manifest(manifest))
         if self._consumer is not None:
+            # The state goes last: until then nobody replaces the set (`require_no_only_copy`).
+            write_whole_file(self._out.path / SET_MANIFEST_NAME, format_set_manifest(manifest))
             self._consumer.delete_proven()
+        self._out.finish(format_set_manifest(manifest))
         return self._result(manifest)
 
     @property
@@ -303,8 +313,8 @@ class SplitRun:
             # Before a shard goes its partitions can mend themselves, if they are to be able to.
             self._parity.make(sorted(finished))
             consumer.prove(finished, self._shard_sha256, self._options.threads, counter.add, self._distrust)
+            self._write_state()
             if number < len(steps):
-                self._write_state()
                 consumer.delete_proven(readers)
 
     def _stream(

@@ -150,6 +150,12 @@ def _require_apart(root: Path | None, output: Path) -> None:
             path=output,
             hint="Choose another directory for the new set.",
         )
+    if any(path.resolve().parent == place for path in root.iterdir()):
+        raise RequestError(
+            "files of the set are links into the output, where they would be replaced",
+            path=output,
+            hint="Choose another directory for the new set.",
+        )
 
 
 def _result(made: SplitResult, chunks: StoredSource, from_root_digest: str) -> RepartitionResult:

@@ -116,7 +116,7 @@ def test_half_way_nothing_passes_for_whole_and_resume_finishes(
     for arguments in ({}, {"existing": "resume"}, {"existing": "force"}):
         with pytest.raises(OutputExistsError, match="--consume --resume"):
             split(model, out, 3, **arguments)  # type: ignore[arg-type]
-    with pytest.raises(OutputExistsError, match="Use --resume to go on"):
+    with pytest.raises(OutputExistsError, match="Use --consume --resume to go on"):
         split(model, out, 3, consume=True)
     with pytest.raises(OutputExistsError, match="--consume --resume"):
         split(model, out, 3, existing="force", consume=True)
@@ -355,7 +355,7 @@ def test_refused_for_want_of_space_before_anything_is_written(
             split(model, tmp_path / "set", 3, consume=True, announce=told.append)
     assert caught.value.exit_code == 6
     assert told[0].expected_bytes <= told[0].extra_bytes
-    assert shards_in(tmp_path / "set") == []
+    assert not (tmp_path / "set").exists()
 
 
 @pytest.mark.parametrize("name", ["llama_tied.gguf", "views.zip.bin", "shapes.legacy.bin"])
@@ -449,6 +449,64 @@ def test_half_merged_set_is_refused_and_goes_on(
     merge(whole_set, out, resume=True, consume=True)
     assert tree(out) == tree(model)
     assert sorted(tree(whole_set)) == ["config.json"]
+
+
+@pytest.mark.parametrize("was_split", [False, True], ids=["at once", "after an ordinary split"])
+def test_the_only_copy_is_marked_until_the_last_shard_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, was_split: bool
+) -> None:
+    """Without an index and numbers, what is left of the source passes for a smaller model: force must not take it."""
+    model, out = tmp_path / "model", tmp_path / "set"
+    for number, name in enumerate(("alpha", "beta")):
+        write_checkpoint(model, [[Weight(f"model.layers.{number}.up.weight", "F32", (16, 16), number)]])
+        (model / "model.safetensors").rename(model / f"{name}.safetensors")
+    if was_split:
+        split(model, out, 1)
+    before = tree(model)
+
+    def delete(self: ConsumedDirectory, names: list[str]) -> None:
+        (self.path / names[0]).unlink()
+        raise Interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ConsumedDirectory, "delete", delete)
+        with pytest.raises(Interrupt):
+            split(model, out, 1, existing="resume", consume=True)
+    assert shards_in(model) == ["beta.safetensors"]
+    for consume in (False, True):
+        with pytest.raises(OutputExistsError):
+            split(model, out, 1, existing="force", consume=consume)
+    split(model, out, 1, existing="resume", consume=True)
+    assert shards_in(model) == []
+    assert not (out / "unfinished_split.json").exists()
+    merge(out, tmp_path / "back")
+    assert tree(tmp_path / "back") == before
+
+
+def test_a_shard_without_tensors_is_read_back_before_the_set_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in no partition, but its bytes are in the set manifest, which is deleted last."""
+    from mmsplit.merging import set_consumer
+
+    model, whole = tmp_path / "model", tmp_path / "set"
+    shards = [[Weight(f"model.layers.{n}.up.weight", "F32", (16, 16), n)] for n in range(2)]
+    write_checkpoint(model, [*shards, []])
+    split(model, whole, 2)
+    before, real = tree(whole), set_consumer.settle
+
+    def settle(paths: object) -> None:
+        found = list(paths)  # type: ignore[call-overload]
+        real(found)
+        for path in found:
+            if path.name == "model-00003-of-00003.safetensors":
+                flip(path, 9)
+
+    monkeypatch.setattr(set_consumer, "settle", settle)
+    with pytest.raises(IntegrityError, match="does not give back"):
+        merge(whole, tmp_path / "merged", consume=True)
+    assert "partition_set.json" in tree(whole)
+    assert before["partition_set.json"] == tree(whole)["partition_set.json"]
 
 
 def test_a_damaged_set_is_merged_by_nobody_who_deletes(tmp_path: Path, whole_set: Path) -> None:

@@ -646,3 +646,15 @@ def test_a_lost_set_manifest_comes_back_by_the_same_split(damaged: Path, made: P
     assert "run again with --resume" in repair(damaged).problems[0].what
     split(source, damaged, 2, model_id="modèle/é", revision="r1", existing="resume")
     assert tree(damaged) == tree(made)
+
+
+def test_nothing_is_repaired_through_a_folder_that_is_a_link(tmp_path: Path) -> None:
+    """A file of somebody else lies where the folder of the set leads."""
+    source = write_checkpoint(tmp_path / "model", [llama_weights(2)], files={"sub/x.json": b"{}"})
+    split(source, tmp_path / "set", 2)
+    shutil.rmtree(tmp_path / "set" / "sub")
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "x.json").write_text("of somebody else")
+    (tmp_path / "set" / "sub").symlink_to(tmp_path / "shared")
+    assert not repair(tmp_path / "set", source).ok
+    assert (tmp_path / "shared" / "x.json").read_text() == "of somebody else"

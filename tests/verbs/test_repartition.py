@@ -405,3 +405,16 @@ def test_refuses_before_a_byte(model: Path, two: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(output_directory, "free_bytes", lambda _: stored + 200_000)
     repartition(two, tmp_path / "out", 3)
     assert tree(two) == before
+
+
+def test_files_that_are_links_into_the_output_are_refused(tmp_path: Path) -> None:
+    """Another view of a set: to replace what is in the output would be to delete what is read."""
+    source = write_checkpoint(tmp_path / "model", [llama_weights(2)])
+    split(source, tmp_path / "set", 2)
+    (tmp_path / "view").mkdir()
+    for path in (tmp_path / "set").iterdir():
+        (tmp_path / "view" / path.name).symlink_to(path)
+    before = tree(tmp_path / "set")
+    with pytest.raises(RequestError, match="links into the output"):
+        repartition(tmp_path / "view", tmp_path / "set", 1, existing="force")
+    assert tree(tmp_path / "set") == before
