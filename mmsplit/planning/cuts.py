@@ -81,7 +81,7 @@ def _cut(
     """Return the cut, the weight of each partition (0: it gets what it gets) and notes."""
     tensors = checkpoint.tensors
     if not layers:
-        raise PlanError("checkpoint has no tensors, so there is nothing to plan")
+        raise PlanError("checkpoint has no tensors, so there is nothing to plan", path=checkpoint.location)
     if request.split_by == "expert":
         experts, notes = find_experts(layers, tensors, checkpoint.config)
         most = max((found.expert_count for found in experts if found is not None), default=0)

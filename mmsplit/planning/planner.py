@@ -68,6 +68,8 @@ def plan_by_layer(checkpoint: Checkpoint, request: PlanRequest) -> Plan:
 def plan_arranged(checkpoint: Checkpoint, arrangement: Arrangement, request: PlanRequest) -> Plan:
     """Plan as `plan_by_layer` does; the arrangement is that of `request.tied`."""
     units = arrangement.units
+    if not units:
+        raise PlanError("checkpoint has no tensors, so there is nothing to plan", path=checkpoint.location)
     weights = _shares(request, len(units))
     load = unit_load(arrangement, checkpoint.tensors, request.by)
     if request.boundaries is not None:
@@ -113,8 +115,6 @@ def _shares(request: PlanRequest, unit_count: int) -> tuple[Fraction, ...]:
         )
         if count is not None
     }
-    if unit_count == 0:
-        raise PlanError("checkpoint has no tensors, so there is nothing to plan")
     possible = f"This checkpoint can be cut into 1 to {min(unit_count, MAX_PARTS):,} partitions."
     if not counts:
         raise PlanError(

@@ -16,11 +16,12 @@ from mutators import NAMES
 from sealing import Files, sealed, taken_apart, write_files
 
 from mmsplit.cli import run
-from mmsplit.errors import FormatError, IntegrityError, MmsplitError, OutputError, RequestError
+from mmsplit.errors import FormatError, IntegrityError, MmsplitError, OutputError, PlanError, RequestError
 from mmsplit.sidecar.manifest import parse_manifest
 from mmsplit.sidecar.set_manifest import parse_set_manifest
 from mmsplit.verbs.load import open_partition, open_set
 from mmsplit.verbs.merge import merge
+from mmsplit.verbs.plan import plan
 from mmsplit.verbs.pull import pull
 from mmsplit.verbs.split import split
 from mmsplit.verbs.verify import verify
@@ -151,3 +152,13 @@ def test_numpy_is_what_the_shapes_above_are_too_much_for() -> None:
     """Else the test above would test nothing."""
     with pytest.raises(ValueError, match="dimension"):
         np.empty(1, np.uint8).reshape((1,) * 65)
+
+
+@pytest.mark.parametrize("how", [{}, {"split_by": "type"}])
+def test_a_model_without_tensors_is_named(tmp_path: Path, how: dict[str, Any]) -> None:
+    """There is nothing to plan, and the message says where."""
+    header = b"{}"
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(PlanError, match="has no tensors") as caught:
+        plan(tmp_path, 1, **how)
+    assert str(tmp_path) in str(caught.value)

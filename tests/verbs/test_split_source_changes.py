@@ -105,6 +105,8 @@ def test_a_change_in_the_last_moment(source: Path, tmp_path: Path) -> None:
     """When every byte has been read once more the shards are looked at."""
     shard = source / "model.safetensors"
     callback = at_bytes("split", 48 * MIB, lambda: os.utime(shard, ns=(1, 1)))
-    with pytest.raises(SourceChangedError, match=r"changed while it was read \(expected .* bytes, last written .*, found"):
+    with pytest.raises(
+        SourceChangedError, match=r"changed while it was read \(expected .* bytes, last written .*, found"
+    ):
         split(source, tmp_path / "set", 2, progress=callback)
     assert not (tmp_path / "set" / SET_MANIFEST_NAME).exists()
