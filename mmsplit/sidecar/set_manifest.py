@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, get_args
 
 import zstandard
 
@@ -16,6 +16,7 @@ from mmsplit.checkpoint.weights_index import folded_name
 from mmsplit.codec import CODEC_NAMES
 from mmsplit.digests import sha256_of
 from mmsplit.errors import IntegrityError
+from mmsplit.planning.units import TiedMode
 from mmsplit.sidecar.file_names import SET_MANIFEST_NAME as SET_MANIFEST_NAME
 from mmsplit.sidecar.framing import FORMAT_VERSION, require_version
 from mmsplit.sidecar.json_fields import Fields, load_json_object
@@ -180,7 +181,7 @@ def parse_set_manifest(data: bytes, path: str, root_digest: str | None = None) -
         plan_digest=fields.sha256("plan_digest"),
         source_digest=fields.sha256("source_digest"),
         codec=fields.one_of("codec", CODEC_NAMES),
-        tied=fields.get("tied", str),
+        tied=fields.one_of("tied", get_args(TiedMode)),
         shards=tuple(_shard(f) for f in source.each("shards")),
         weights_index=None if index is None else _index(source.inner("index")),
         files=tuple(

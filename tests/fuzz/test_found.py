@@ -13,7 +13,7 @@ import pytest
 from checkpoints import Weight, write_checkpoint, write_shard
 from directories import sets
 from mutators import NAMES
-from sealing import Files, sealed, taken_apart, write_files
+from sealing import Files, sealed, taken_apart, with_root_digest, write_files
 
 from mmsplit.cli import run
 from mmsplit.errors import FormatError, IntegrityError, MmsplitError, OutputError, PlanError, RequestError
@@ -162,3 +162,10 @@ def test_a_model_without_tensors_is_named(tmp_path: Path, how: dict[str, Any]) -
     with pytest.raises(PlanError, match="has no tensors") as caught:
         plan(tmp_path, 1, **how)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_set_of_an_unknown_way_to_treat_ties_is_refused_by_name() -> None:
+    """Whoever cuts the set again plans with what it says."""
+    values = json.loads(sets()["plain"]["partition_set.json"]) | {"tied": "duplicat"}
+    with pytest.raises(FormatError, match="tied"):
+        parse_set_manifest(with_root_digest(json.dumps(values).encode()), "somewhere")
