@@ -142,7 +142,7 @@ def _set_manifests(draw: st.DrawFn) -> SetManifest:
         plan_digest=draw(_digest),
         source_digest=draw(_digest),
         codec=draw(st.sampled_from(CODEC_NAMES)),
-        tied=draw(_text),
+        tied=draw(st.sampled_from(["duplicate", "reference", "colocate"])),
         shards=tuple(draw(_shards(name)) for name in names[:cut]),
         weights_index=index,
         files=tuple(FileEntry(f"{draw(_plain)}/{name}", draw(_count), draw(_digest)) for name in names[cut:]),
